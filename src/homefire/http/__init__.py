@@ -1,0 +1,1 @@
+"""What every HTTP service shares: authentication, caps, request ids, error bodies, serving."""

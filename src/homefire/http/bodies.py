@@ -1,0 +1,78 @@
+"""Reading request bodies under caps, and answering with msgspec."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+import msgspec
+import zstandard
+from starlette.requests import Request
+from starlette.responses import Response
+
+from homefire.wire.errors import InvalidArgument, PayloadTooLarge
+
+MAX_BODY_BYTES = 256 << 20
+MAX_DECOMPRESSED_BYTES = 1 << 30
+_PARSE_OFF_LOOP_ABOVE = 100_000
+"""Bytes; a 1.3 MB body takes 5 to 30 ms to parse, which would stall every heartbeat."""
+
+Body = TypeVar("Body")
+
+
+async def read_body(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The body, decompressed when it is zstd; refused as soon as a cap is passed."""
+    declared = request.headers.get("content-length")
+    if declared is not None and int(declared) > max_bytes:
+        raise PayloadTooLarge(f"the body has {declared} bytes, the cap is {max_bytes}")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise PayloadTooLarge(f"the body exceeds the cap of {max_bytes} bytes")
+        chunks.append(chunk)
+    body = b"".join(chunks)
+    if request.headers.get("content-encoding", "").lower() == "zstd":
+        body = await asyncio.to_thread(_decompress, body)
+    return body
+
+
+def _decompress(body: bytes) -> bytes:
+    reader = zstandard.ZstdDecompressor().stream_reader(body)
+    try:
+        data = reader.read(MAX_DECOMPRESSED_BYTES + 1)
+    except zstandard.ZstdError as exc:
+        raise InvalidArgument(f"the zstd body is damaged: {exc}") from exc
+    if len(data) > MAX_DECOMPRESSED_BYTES:
+        raise PayloadTooLarge(f"the decompressed body exceeds {MAX_DECOMPRESSED_BYTES} bytes")
+    return data
+
+
+async def read_json(request: Request, kind: type[Body], *, max_bytes: int = MAX_BODY_BYTES) -> Body:
+    """The body as `kind`; unknown fields are ignored, wrong ones named."""
+    return await decode_json(await read_body(request, max_bytes=max_bytes) or b"{}", kind)
+
+
+async def decode_json(body: bytes, kind: type[Body]) -> Body:
+    def decode() -> Body:
+        return msgspec.json.decode(body, type=kind)
+
+    try:
+        return await asyncio.to_thread(decode) if len(body) > _PARSE_OFF_LOOP_ABOVE else decode()
+    except msgspec.ValidationError as exc:
+        path = str(exc).rpartition("`$.")[2].rstrip("`") if "`$." in str(exc) else None
+        raise InvalidArgument(f"the request body is invalid: {exc}", field=path) from exc
+    except msgspec.DecodeError as exc:
+        raise InvalidArgument(f"the request body is not JSON: {exc}") from exc
+
+
+def json_response(
+    value: Any, *, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return Response(
+        msgspec.json.encode(value),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )

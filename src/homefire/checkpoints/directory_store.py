@@ -1,0 +1,223 @@
+"""The store in a directory:
+
+    <root>/<account>/<job>/<slot>/{sampler,state}/<name>/
+    ├── manifest.json      written last
+    └── …                  the files that it names
+
+A checkpoint comes into being with one rename, so it is absent or whole. Replacing one takes two
+renames; between them the predecessor is found under `.replaced-<name>`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from homefire.checkpoints.manifest_file import encode_manifest, read_manifest
+from homefire.checkpoints.staging import discard_directory, remove_leftovers, staging_directory
+from homefire.checkpoints.store import CheckpointKey, Staged
+from homefire.foundation.clock import Clock, SystemClock
+from homefire.foundation.durable import publish_directory, sync_directory, write_file
+from homefire.foundation.failpoints import failpoint
+from homefire.wire.errors import (
+    DigestMismatch,
+    DuplicateCheckpoint,
+    InvalidArgument,
+    StorageFailed,
+    UnknownSnapshot,
+    Unsupported,
+)
+from homefire.wire.ids import check_name
+from homefire.wire.manifest import MANIFEST_FILE, CheckpointFamily, CheckpointKind, Manifest
+
+log = logging.getLogger(__name__)
+_REPLACED = ".replaced-"
+_NUM_NAMED = 5
+"""How many existing checkpoints an error names."""
+
+
+class DirectoryStore:
+    """Implements `CheckpointStore` below `root`, which is made when the first checkpoint is."""
+
+    def __init__(self, root: Path, clock: Clock | None = None) -> None:
+        self.root = root
+        self._clock = clock or SystemClock()
+
+    @contextmanager
+    def stage(self, key: CheckpointKey, *, overwrite: bool = False) -> Iterator[Staged]:
+        final = self._final(key)
+        if not overwrite:
+            _refuse_existing(key, final)
+        try:
+            remove_leftovers(final.parent)
+            with staging_directory(final.parent) as directory:
+                yield _StagedDirectory(key, directory, final, overwrite=overwrite)
+        except OSError as exc:
+            raise StorageFailed(
+                f"checkpoint {key} could not be written: {exc}",
+                hint="check the free space and health of the store's disk, then save again",
+            ) from exc
+
+    def manifest(self, key: CheckpointKey) -> Manifest:
+        try:
+            return read_manifest(self.directory(key))
+        except FileNotFoundError as exc:
+            raise self._unknown(key) from exc
+
+    def exists(self, key: CheckpointKey) -> bool:
+        return _published(self._final(key)) is not None
+
+    def directory(self, key: CheckpointKey) -> Path:
+        directory = _published(self._final(key))
+        if directory is None:
+            raise self._unknown(key)
+        return directory
+
+    def list(
+        self,
+        account: str,
+        job: str,
+        *,
+        slot: str | None = None,
+        family: CheckpointFamily | None = None,
+    ) -> list[Manifest]:
+        slots = check_name(slot, field="slot") if slot is not None else "*"
+        families = self._job(account, job).glob(f"{slots}/{family or '*'}")
+        found = [_read_or_warn(path) for parent in families for path in _checkpoints(parent)]
+        now = self._clock.now()
+        alive = [m for m in found if m and (m.expires_at is None or m.expires_at > now)]
+        return sorted(alive, key=lambda m: (m.created_at, m.step, m.identity))
+
+    def delete(self, key: CheckpointKey) -> None:
+        self.directory(key)
+        final = self._final(key)
+        try:
+            for directory in (_replaced(final), final):
+                if directory.exists():
+                    discard_directory(directory)
+        except OSError as exc:
+            raise StorageFailed(f"checkpoint {key} could not be deleted: {exc}") from exc
+
+    def _job(self, account: str, job: str) -> Path:
+        return self.root / check_name(account, field="account") / check_name(job, field="job")
+
+    def _final(self, key: CheckpointKey) -> Path:
+        slot = check_name(key.slot, field="slot")
+        name = check_name(key.name, field="name")
+        return self._job(key.account, key.job) / slot / key.family / name
+
+    def _unknown(self, key: CheckpointKey) -> UnknownSnapshot:
+        siblings = self.list(key.account, key.job, slot=key.slot, family=key.family)
+        names = ", ".join(repr(m.identity) for m in siblings[-_NUM_NAMED:]) or "none yet"
+        return UnknownSnapshot(
+            f"{key.family} checkpoint {key.name!r} is not in the store of {key.account}/{key.job}, "
+            f"slot {key.slot!r}",
+            hint=f"the latest that exist: {names}",
+        )
+
+
+class _StagedDirectory:
+    def __init__(
+        self, key: CheckpointKey, directory: Path, final: Path, *, overwrite: bool
+    ) -> None:
+        self.directory = directory
+        self._key = key
+        self._final = final
+        self._overwrite = overwrite
+
+    def commit(self, manifest: Manifest) -> None:
+        _check_belongs(manifest, self._key)
+        _check_files(manifest, self.directory)
+        write_file(self.directory / MANIFEST_FILE, encode_manifest(manifest))
+        failpoint("store.before_commit")
+        if self._overwrite:
+            self._publish_over_predecessor()
+        else:
+            self._publish_new()
+        failpoint("store.after_commit")
+
+    def _publish_new(self) -> None:
+        _refuse_existing(self._key, self._final)
+        try:
+            publish_directory(self.directory, self._final)
+        except OSError as exc:
+            if exc.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise _duplicate(self._key) from exc
+            raise
+
+    def _publish_over_predecessor(self) -> None:
+        replaced = _replaced(self._final)
+        if self._final.exists():
+            if replaced.exists():
+                discard_directory(replaced)
+            os.rename(self._final, replaced)
+            sync_directory(self._final.parent)
+        publish_directory(self.directory, self._final)
+        if replaced.exists():
+            discard_directory(replaced)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{_REPLACED}{final.name}")
+
+
+def _published(final: Path) -> Path | None:
+    """Where a checkpoint's files are now: an interrupted replacement left them under another name."""
+    for directory in (final, _replaced(final)):
+        if (directory / MANIFEST_FILE).is_file():
+            return directory
+    return None
+
+
+def _checkpoints(parent: Path) -> list[Path]:
+    """Directories of all committed checkpoints in a family's directory."""
+    names = {entry.name.removeprefix(_REPLACED) for entry in parent.iterdir()}
+    found = [_published(parent / name) for name in names if not name.startswith(".")]
+    return [directory for directory in found if directory is not None]
+
+
+def _read_or_warn(directory: Path) -> Manifest | None:
+    """None for what a listing must not offer: damaged, from the future, or deleted meanwhile."""
+    try:
+        return read_manifest(directory)
+    except FileNotFoundError:
+        return None
+    except (DigestMismatch, Unsupported) as exc:
+        log.warning("left out of the listing: %s", exc)
+        return None
+
+
+def _refuse_existing(key: CheckpointKey, final: Path) -> None:
+    if _published(final) is not None:
+        raise _duplicate(key)
+
+
+def _duplicate(key: CheckpointKey) -> DuplicateCheckpoint:
+    return DuplicateCheckpoint(
+        f"{key.family} checkpoint {key.name!r} of {key.account}/{key.job} exists",
+        hint="save under another name, or ask for overwrite where the call has it",
+        field="name",
+    )
+
+
+def _check_belongs(manifest: Manifest, key: CheckpointKey) -> None:
+    is_state = manifest.kind is CheckpointKind.STATE
+    family = CheckpointFamily.STATE if is_state else CheckpointFamily.SAMPLER
+    named = CheckpointKey(manifest.account, manifest.job, manifest.slot, family, manifest.identity)
+    if named != key:
+        raise InvalidArgument(f"the manifest names {named}, the checkpoint is {key}")
+
+
+def _check_files(manifest: Manifest, directory: Path) -> None:
+    """A manifest that names a missing file, or none for one that is there, must never be published."""
+    written = {path.name: path.stat().st_size for path in directory.iterdir()}
+    named = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    if written != named:
+        raise StorageFailed(
+            f"checkpoint {manifest.identity!r} was not written as its manifest says: "
+            f"files {sorted(written.items() ^ named.items())}"
+        )

@@ -1,0 +1,93 @@
+"""Where checkpoints live, as their users see it: five verbs, all or nothing.
+
+    stage      write files aside, then commit them under a key, or leave nothing behind
+    manifest   what a checkpoint is
+    directory  where its files are
+    list       what a job has
+    delete     take one away
+
+Manifests in the store are the truth; control's database only indexes them.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from homefire.wire.manifest import CheckpointFamily, Manifest
+
+
+class CheckpointKey(msgspec.Struct, frozen=True):
+    """Example: CheckpointKey("local", "job-3f9a1c2e", "policy", CheckpointFamily.SAMPLER, "step_00010-4b50536f")."""
+
+    account: str
+    job: str
+    slot: str
+    family: CheckpointFamily
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.account}/{self.job}/{self.slot}/{self.family}/{self.name}"
+
+    def sibling(self, name: str) -> CheckpointKey:
+        """Another checkpoint of the same slot and family."""
+        return msgspec.structs.replace(self, name=name)
+
+
+class Staged(Protocol):
+    """A checkpoint that nobody can see yet."""
+
+    @property
+    def directory(self) -> Path:
+        """Write the checkpoint's files here, and nothing below it."""
+        ...
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publishes the files with this manifest, durably and in one step; at most once.
+
+        DuplicateCheckpoint when the key came into being meanwhile, StorageFailed when the disk refuses.
+        """
+        ...
+
+
+class CheckpointStore(Protocol):
+    """All methods block. Any number of processes may use one store at a time."""
+
+    def stage(
+        self, key: CheckpointKey, *, overwrite: bool = False
+    ) -> AbstractContextManager[Staged]:
+        """A place to write a new checkpoint; what is not committed in the block is discarded.
+
+        DuplicateCheckpoint when the key exists, unless `overwrite`: then the commit replaces it, and
+        until then the predecessor stays.
+        """
+        ...
+
+    def manifest(self, key: CheckpointKey) -> Manifest:
+        """UnknownSnapshot names some that exist; DigestMismatch when the manifest is damaged."""
+        ...
+
+    def exists(self, key: CheckpointKey) -> bool: ...
+
+    def directory(self, key: CheckpointKey) -> Path:
+        """Where the files of a committed checkpoint are, to be read only. UnknownSnapshot."""
+        ...
+
+    def list(
+        self,
+        account: str,
+        job: str,
+        *,
+        slot: str | None = None,
+        family: CheckpointFamily | None = None,
+    ) -> list[Manifest]:
+        """Oldest first. Expired ones are left out, though they load until they are deleted: a
+        snapshot that still counts may descend from them."""
+        ...
+
+    def delete(self, key: CheckpointKey) -> None:
+        """UnknownSnapshot when there is none. What descends from it can no longer be loaded."""
+        ...

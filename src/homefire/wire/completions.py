@@ -1,0 +1,293 @@
+"""Completions and chat completions: what inference clients send, and what they get back.
+
+The shapes are fireworks.md §5.2 and OpenAI's, so that the Fireworks sampler, `openai` and plain curl read
+the same answers. `logprobs` chooses its own shape by its type, as Fireworks does: `true` answers
+`{"content": [one entry per token]}`, an integer the older `{"tokens", "token_logprobs", …}`.
+
+Beside the protocol every answer carries `homefire.weights`, the identity and digest of the weights that
+made it: in a stream in the final chunk of the response.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from homefire.wire.errors import Unsupported
+
+IGNORED_HEADER = "x-homefire-ignored"
+"""Names the request's fields that this server does not know, separated by commas."""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """An end-of-sequence token, a stop token or a stop string."""
+    LENGTH = "length"
+    """`max_tokens`, or the end of the context."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+    """Accepted; the final chunk always carries usage."""
+
+
+class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """What both kinds of request have. Null means the default."""
+
+    model: str = ""
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    """Null is 1; 0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 and -1 mean no truncation."""
+    min_p: float | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
+    """Strings, or token ids."""
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+    echo: bool | None = None
+    echo_last: int | None = None
+    """Only the last so many tokens of the prompt are echoed."""
+    raw_output: bool | None = None
+    return_token_ids: bool | None = None
+    perf_metrics_in_response: bool | None = None
+    user: str | None = None
+    """A hint for the gateway's routing; no effect in a replica. So is the next."""
+    prompt_cache_key: str | None = None
+
+
+class CompletionRequest(_Sampled, frozen=True, kw_only=True):
+    """Example: `{"model": "accounts/local/deployments/d", "prompt": [53, 62], "max_tokens": 6}`."""
+
+    prompt: str | list[int | str | list[int]]
+    """Text, token ids, or several of one kind: each of several prompts gets its own choices."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+
+
+class ChatCompletionRequest(_Sampled, frozen=True, kw_only=True):
+    messages: list[ChatMessage]
+
+
+REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "functions": ([],),
+    "images": ([],),
+    "include_routing_matrix": (False,),
+    "sampling_mask": (False,),
+    "top_sampling_logprobs": (0,),
+    "mirostat_target": (),
+    "grammar": (),
+}
+"""Fields that would change the answer and that this version cannot honour: refused by name unless
+null or one of these values, which mean "off". Every other unknown field is ignored and named."""
+
+
+def unknown_fields(body: bytes, kind: type[msgspec.Struct]) -> list[str]:
+    """The fields of a valid JSON `body` that `kind` does not have; refuses those that must not be
+    ignored. Raises Unsupported."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    unknown = sorted(fields.keys() - _field_names(kind))
+    for name in unknown:
+        if name in REFUSED_UNLESS:
+            _refuse_unless_off(name, msgspec.json.decode(fields[name]))
+    return [name for name in unknown if name not in REFUSED_UNLESS]
+
+
+def _field_names(kind: type[msgspec.Struct]) -> frozenset[str]:
+    return _FIELDS.setdefault(kind, frozenset(kind.__struct_fields__))
+
+
+_FIELDS: dict[type[msgspec.Struct], frozenset[str]] = {}
+
+
+def _refuse_unless_off(name: str, value: Any) -> None:
+    if value is not None and value not in REFUSED_UNLESS[name]:
+        raise Unsupported(
+            f"{name} is not supported by this version", hint=f"leave {name} out", field=name
+        )
+
+
+# Answers -------------------------------------------------------------------------------------
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    token_id: int
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One returned token; of an echoed prompt too."""
+
+    token: str
+    token_id: int
+    logprob: float
+    """Under the model: temperature 1, nothing cut off. 0 for a prompt's first token, which has none."""
+    sampling_logprob: float
+    """Under the distribution it was drawn from; an echoed token's is its `logprob`."""
+    bytes: list[int]
+    text_offset: int
+    """Characters of this choice's text before the token."""
+    top_logprobs: list[TopLogprob] = []
+
+
+class ContentLogprobs(msgspec.Struct, frozen=True):
+    """The answer to `logprobs: true`."""
+
+    content: list[TokenLogprob]
+
+
+class LegacyLogprobs(msgspec.Struct, frozen=True):
+    """The answer to an integer `logprobs`; a prompt's first token has a null logprob."""
+
+    tokens: list[str]
+    token_ids: list[int]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+Logprobs = ContentLogprobs | LegacyLogprobs
+
+
+class RawOutput(msgspec.Struct, frozen=True):
+    """What the model saw and made, in tokens. With `echo` the echoed ones lead the completion's."""
+
+    completion_token_ids: list[int]
+    prompt_token_ids: list[int]
+    completion: str
+    prompt_fragments: list[str | int] = []
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    raw_output: RawOutput | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class WeightsInfo(msgspec.Struct, frozen=True):
+    """Example: `WeightsInfo("step_00010-4b50536f", "9f86d081884c7d65…")`; identity `base` before any."""
+
+    identity: str
+    digest: str
+
+
+class HomefireInfo(msgspec.Struct, frozen=True):
+    weights: WeightsInfo
+
+
+PerfMetrics = dict[str, float | int]
+"""Seconds and counts, by fireworks.md §5.4's names without prefix."""
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer, and, with partial choices, a chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType = UNSET
+    perf_metrics: PerfMetrics | UnsetType = UNSET
+    homefire: HomefireInfo | UnsetType = UNSET
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    message: AssistantMessage
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    raw_output: RawOutput | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | UnsetType = UNSET
+    perf_metrics: PerfMetrics | UnsetType = UNSET
+    homefire: HomefireInfo | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] | UnsetType = UNSET
+    """In the first chunk of a choice."""
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+    raw_output: RawOutput | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType = UNSET
+    perf_metrics: PerfMetrics | UnsetType = UNSET
+    homefire: HomefireInfo | UnsetType = UNSET
+
+
+class ErrorChunk(msgspec.Struct, frozen=True):
+    """Ends a stream that broke: `error` is the detail of `errors.error_body` plus `status`."""
+
+    error: dict[str, Any]

@@ -1,0 +1,436 @@
+"""Records between a trainer front and its engine, over an inherited Unix stream socket.
+
+One frame = `<4s magic><u32 header bytes><u64 body bytes>`, then a msgpack header, then raw arrays.
+The header is an `Envelope`: the message (a tagged struct) and, per array, where it lies in the body.
+Arrays are C-contiguous, little-endian, each aligned to 8 bytes. The front sends one request at a
+time; the engine answers each with one reply: its result struct, or `Failure`.
+
+Legend of axes: N rows (datums), T tokens of all rows end to end, K targets per token.
+
+Batch arrays (with `Forward` and `ForwardBackward`):
+    tokens   int32 [T]      rows end to end
+    lengths  int32 [N]      tokens per row, sum T
+    target_tokens int64 [T, K];  weights float32 [T, K]               (cross_entropy)
+    target_tokens int64 [T, 1];  logprobs, advantages float32 [T]     (importance_sampling, ppo)
+Reply arrays (`Rows`): logprobs float32 [T, K], in the order of the request.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from homefire.wire.errors import ErrorRecord
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+
+
+class SlotKind(StrEnum):
+    """What a slot holds."""
+
+    FULL = "full"
+    """All parameters, with an optimizer."""
+    LORA = "lora"
+    """An adapter on the frozen base, with an optimizer."""
+    REFERENCE = "reference"
+    """The frozen base itself: forward passes only."""
+
+
+class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
+    rank: int
+    alpha: float = 32.0
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How an operation is cut; journaled before it runs, because bits depend on it on CPU.
+
+    Example: ExecutionPlan(micro_batches=[[0, 2], [1]], threads=1) for three rows.
+    """
+
+    micro_batches: list[list[int]]
+    """Row indices of each micro-batch, in execution order."""
+    threads: int
+
+
+class AdamParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Decoupled AdamW; the defaults are the protocol's (tinker.md §4.4)."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Global norm; 0 means no clipping."""
+
+
+class GradNormalization(StrEnum):
+    """What the accumulated gradient is divided by, before clipping."""
+
+    NONE = "none"
+    NUM_LOSS_TOKENS = "num_loss_tokens"
+    """Tokens whose loss has a non-zero gradient."""
+    NUM_SEQUENCES = "num_sequences"
+    """Rows with such a token."""
+
+
+# Requests ------------------------------------------------------------------------------------
+
+
+class OpenModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First request. Loads the base model; everything later refers to it."""
+
+    model_dir: str
+    base_model: str
+    store_root: str
+    account: str
+    job: str
+    threads: int
+    max_context_length: int
+    serving_dtype: str = "bfloat16"
+    snapshot_cap_bytes: int = 64 << 30
+
+
+class OpenSlot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    slot: str
+    kind: SlotKind
+    lora: LoraSpec | None = None
+
+
+class CloseSlot(msgspec.Struct, frozen=True, tag=True):
+    slot: str
+
+
+class Forward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Logprobs of the targets; no gradient, no state changes."""
+
+    slot: str
+    loss_fn: str
+    loss_fn_config: dict[str, float | str]
+    plan: ExecutionPlan
+
+
+class ForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Adds the gradient of the summed loss to the slot's accumulated gradient."""
+
+    slot: str
+    loss_fn: str
+    loss_fn_config: dict[str, float | str]
+    plan: ExecutionPlan
+
+
+class OptimStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Applies and clears the accumulated gradient. NaN or Inf is refused and nothing is stepped."""
+
+    slot: str
+    adam: AdamParams
+    normalization: GradNormalization = GradNormalization.NONE
+
+
+class DiscardGradients(msgspec.Struct, frozen=True, tag=True):
+    slot: str
+
+
+class SaveSampler(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Writes a sampler snapshot to the store and commits it.
+
+    `base` and `delta` for full slots; a LoRA slot always writes its adapter. A delta's parent is the
+    slot's last committed snapshot; without one a base is written and the reply says so. Saving an
+    existing identity again succeeds when the weights have the same digest, else DuplicateCheckpoint.
+    """
+
+    slot: str
+    identity: str
+    checkpoint_type: str
+    metadata: dict[str, str] = {}
+    ttl_seconds: int | None = None
+
+
+class AdoptSnapshot(msgspec.Struct, frozen=True, tag=True):
+    """Replay of a SaveSampler that is committed: check that the weights still have its digest and
+    make it the parent of the next delta."""
+
+    slot: str
+    identity: str
+
+
+class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Masters, optimizer and step of a slot, under `state/<name>` in the store."""
+
+    slot: str
+    name: str
+    overwrite: bool = False
+    metadata: dict[str, str] = {}
+    ttl_seconds: int | None = None
+
+
+class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`directory` is a committed state of this or another job. Clears accumulated gradients."""
+
+    slot: str
+    directory: str
+    with_optimizer: bool
+
+
+class SaveRecovery(msgspec.Struct, frozen=True, tag=True):
+    """All slots with optimizer, unapplied gradients and parents, to a new directory."""
+
+    directory: str
+
+
+class LoadRecovery(msgspec.Struct, frozen=True, tag=True):
+    """Restores what SaveRecovery wrote, bit for bit; the slots are opened by it."""
+
+    directory: str
+
+
+class WeightsDigest(msgspec.Struct, frozen=True, tag=True):
+    slot: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """The engine answers `Done` and exits with status 0."""
+
+
+Request = (
+    OpenModel
+    | OpenSlot
+    | CloseSlot
+    | Forward
+    | ForwardBackward
+    | OptimStep
+    | DiscardGradients
+    | SaveSampler
+    | AdoptSnapshot
+    | SaveState
+    | LoadState
+    | SaveRecovery
+    | LoadRecovery
+    | WeightsDigest
+    | Shutdown
+)
+
+# Replies -------------------------------------------------------------------------------------
+
+
+class ModelOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    architecture: str
+    """`model_type` of the config, e.g. `qwen3`."""
+    vocab_size: int
+    max_context_length: int
+    num_parameters: int
+    pid: int
+
+
+class SlotOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    slot: str
+    kind: SlotKind
+    num_trainable: int
+    step: int
+    lora: LoraSpec | None = None
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Arrays: logprobs float32 [T, K]. Metric keys carry their reduction, e.g. `loss:sum`."""
+
+    metrics: dict[str, float]
+
+
+class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    step: int
+    """Optimizer steps applied to this slot so far, this one included."""
+    metrics: dict[str, float]
+
+
+class GradientsDiscarded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    num_backward_calls: int
+    num_loss_tokens: int
+
+
+class SamplerSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    identity: str
+    kind: str
+    """base, delta or lora: what was written, which may differ from what was asked."""
+    parent: str | None
+    step: int
+    size_bytes: int
+    digest: str
+    num_changed: int = 0
+    num_elements: int = 0
+    note: str = ""
+
+
+class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    name: str
+    step: int
+    size_bytes: int
+    digest: str
+
+
+class StateLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    step: int
+    digest: str
+
+
+class RecoverySaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    size_bytes: int
+    slots: list[SlotOpened]
+
+
+class RecoveryLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    slots: list[SlotOpened]
+
+
+class Digest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    digest: str
+    step: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Failure(msgspec.Struct, frozen=True, tag=True):
+    """The operation failed and changed nothing; the engine goes on."""
+
+    error: ErrorRecord
+
+
+Reply = (
+    ModelOpened
+    | SlotOpened
+    | Rows
+    | Stepped
+    | GradientsDiscarded
+    | SamplerSaved
+    | StateSaved
+    | StateLoaded
+    | RecoverySaved
+    | RecoveryLoaded
+    | Digest
+    | Done
+    | Failure
+)
+
+# Frames --------------------------------------------------------------------------------------
+
+MAGIC = b"HFE1"
+_PREFIX = struct.Struct("<4sIQ")
+MAX_HEADER_BYTES = 64 << 20
+
+
+class ArrayRef(msgspec.Struct, frozen=True, array_like=True):
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class RequestEnvelope(msgspec.Struct, frozen=True):
+    message: Request
+    arrays: dict[str, ArrayRef] = {}
+
+
+class ReplyEnvelope(msgspec.Struct, frozen=True):
+    message: Reply
+    arrays: dict[str, ArrayRef] = {}
+
+
+def encode_request(message: Request, arrays: Arrays | None = None) -> bytes:
+    refs, chunks = _lay_out(arrays or {})
+    return _frame(msgspec.msgpack.encode(RequestEnvelope(message, refs)), chunks)
+
+
+def encode_reply(message: Reply, arrays: Arrays | None = None) -> bytes:
+    refs, chunks = _lay_out(arrays or {})
+    return _frame(msgspec.msgpack.encode(ReplyEnvelope(message, refs)), chunks)
+
+
+def decode_request(frame: bytes | memoryview) -> tuple[Request, Arrays]:
+    """A whole frame -> message and read-only arrays that view its bytes."""
+    header, body = _split(frame)
+    envelope = msgspec.msgpack.decode(header, type=RequestEnvelope)
+    return envelope.message, _views(envelope.arrays, body)
+
+
+def decode_reply(frame: bytes | memoryview) -> tuple[Reply, Arrays]:
+    header, body = _split(frame)
+    envelope = msgspec.msgpack.decode(header, type=ReplyEnvelope)
+    return envelope.message, _views(envelope.arrays, body)
+
+
+def read_frame(connection: socket.socket) -> bytes | None:
+    """Blocks for one whole frame; None at a clean end of the stream. For the engine's side."""
+    prefix = _read_exactly(connection, _PREFIX.size)
+    if not prefix:
+        return None
+    rest = _read_exactly(connection, frame_rest(prefix))
+    return prefix + rest if rest else None
+
+
+def frame_rest(prefix: bytes) -> int:
+    """How many bytes follow a frame's prefix of `PREFIX_BYTES`. For asyncio readers."""
+    magic, header_bytes, body_bytes = _PREFIX.unpack(prefix)
+    if magic != MAGIC or header_bytes > MAX_HEADER_BYTES:
+        raise ValueError("not a homefire engine frame")
+    return header_bytes + body_bytes
+
+
+PREFIX_BYTES = _PREFIX.size
+
+
+def _read_exactly(connection: socket.socket, count: int) -> bytes:
+    buffer = bytearray(count)
+    view, filled = memoryview(buffer), 0
+    while filled < count:
+        received = connection.recv_into(view[filled:])
+        if received == 0:
+            return b""
+        filled += received
+    return bytes(buffer)
+
+
+def _lay_out(arrays: Arrays) -> tuple[dict[str, ArrayRef], list[bytes]]:
+    refs: dict[str, ArrayRef] = {}
+    chunks: list[bytes] = []
+    offset = 0
+    for name, array in arrays.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        padding = -len(raw) % 8
+        refs[name] = ArrayRef(offset, array.dtype.str, tuple(array.shape))
+        chunks += [raw, b"\0" * padding]
+        offset += len(raw) + padding
+    return refs, chunks
+
+
+def _frame(header: bytes, chunks: list[bytes]) -> bytes:
+    body_bytes = sum(map(len, chunks))
+    return b"".join([_PREFIX.pack(MAGIC, len(header), body_bytes), header, *chunks])
+
+
+def _split(frame: bytes | memoryview) -> tuple[memoryview, memoryview]:
+    view = memoryview(frame)
+    _, header_bytes, _ = _PREFIX.unpack(view[:PREFIX_BYTES])
+    return view[PREFIX_BYTES : PREFIX_BYTES + header_bytes], view[PREFIX_BYTES + header_bytes :]
+
+
+def _views(refs: dict[str, ArrayRef], body: memoryview) -> Arrays:
+    return {
+        name: np.frombuffer(
+            body,
+            dtype=np.dtype(ref.dtype),
+            count=int(np.prod(ref.shape, dtype=np.int64)),
+            offset=ref.offset,
+        ).reshape(ref.shape)
+        for name, ref in refs.items()
+    }

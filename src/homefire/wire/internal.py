@@ -1,0 +1,157 @@
+"""Messages between our own services: health, status, hot load, and the gateway's routing table.
+
+All of them travel over the services' own sockets, with the header `x-homefire-secret`.
+
+    GET  /internal/health                                  -> ServiceHealth      (every service)
+    GET  /internal/status?after=<version>&wait_s=<s>       -> TrainerStatus      (front)
+                                                           -> ReplicaStatus      (replica)
+    POST /internal/hot_load        HotLoadRequest          -> ReplicaStatus      (replica; 202)
+    GET  /internal/routes?after=<version>&wait_s=<s>       -> RouteTable         (control)
+
+A status with `after` is answered as soon as its version differs from `after`, else after `wait_s`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from homefire.wire.errors import ErrorRecord
+from homefire.wire.specs import Upstream
+
+SECRET_HEADER = "x-homefire-secret"
+ACCOUNT_HEADER = "x-homefire-account"
+REQUEST_ID_HEADER = "x-request-id"
+WEIGHTS_HEADER = "x-homefire-weights"
+
+
+class ServiceHealth(msgspec.Struct, frozen=True):
+    """Adoption proves a process by this nonce, never by its pid alone."""
+
+    nonce: str
+    pid: int
+    service: str
+
+
+class TrainerState(StrEnum):
+    """What a trainer front is doing."""
+
+    STARTING = "starting"
+    """The engine loads the model."""
+    RECOVERING = "recovering"
+    """A recovery point was loaded and the journal is being replayed."""
+    READY = "ready"
+    """Operations run."""
+    STOPPING = "stopping"
+    """SIGTERM came; the current operation finishes and a recovery point is written."""
+    FAILED = "failed"
+    """The engine cannot start; `error` says why. The front stays up to say so."""
+
+
+class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+    nonce: str
+    state: TrainerState
+    step: int = 0
+    """Optimizer steps applied to the policy slot."""
+    num_accepted: int = 0
+    num_applied: int = 0
+    engine_restarts: int = 0
+    replayed: int = 0
+    detail: str = ""
+    error: ErrorRecord | None = None
+
+
+class HotLoadStage(StrEnum):
+    """Stage of a replica's hot load, as the Fireworks status reports it."""
+
+    IDLE = "idle"
+    """Nothing is being loaded."""
+    LOADING = "loading"
+    """The chain is read and applied beside the live weights."""
+    DRAINING = "draining"
+    """New sequences wait while running ones finish on the old weights."""
+    ERROR = "error"
+    """The last load failed; the old weights still serve."""
+
+
+class SnapshotLocation(msgspec.Struct, frozen=True):
+    """Which bucket of the store an identity is looked up in."""
+
+    account: str
+    job: str
+    slot: str = "policy"
+
+
+class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Load `identity`; None goes back to the base model. Answered at once, done in the background."""
+
+    identity: str | None
+    location: SnapshotLocation | None = None
+    reset_prompt_cache: bool = True
+    transition: str = "DRAIN"
+
+
+class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of the weights that a replica serves, or one failed attempt."""
+
+    identity: str
+    digest: str
+    at: float
+    """Unix time in seconds."""
+    ok: bool
+    load_ms: float = 0.0
+    """Reading, applying and verifying, while the old weights serve."""
+    drain_ms: float = 0.0
+    """Waiting for running sequences, while new ones wait."""
+    error: str = ""
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+    nonce: str
+    ready: bool
+    """The engine serves completions."""
+    identity: str | None
+    """The snapshot served; None while it is the base model."""
+    digest: str
+    """Digest of the weights in memory."""
+    stage: HotLoadStage = HotLoadStage.IDLE
+    target: str | None = None
+    """The identity being loaded, or whose load failed."""
+    error: str = ""
+    running: int = 0
+    queued: int = 0
+    ledger: list[LedgerEntry] = []
+
+
+class TrainerRoute(msgspec.Struct, frozen=True):
+    state: str
+    """The job's state, e.g. `JOB_STATE_RUNNING`."""
+    upstream: Upstream | None
+    detail: str = ""
+
+
+class DeploymentRoute(msgspec.Struct, frozen=True):
+    state: str
+    replicas: list[Upstream]
+    """Replicas that answer; empty while the deployment is starting or parked."""
+    detail: str = ""
+
+
+class KeyRoute(msgspec.Struct, frozen=True):
+    sha256: str
+    """Hex digest of the key's text, without a surplus `tml-` before a key that has none."""
+    account: str
+
+
+class RouteTable(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the gateway needs to route without asking control. Keys are `account/id`."""
+
+    version: int
+    keys: list[KeyRoute] = []
+    trainers: dict[str, TrainerRoute] = {}
+    deployments: dict[str, DeploymentRoute] = {}
+    models: dict[str, str] = {}
+    """Deployed model resource `accounts/<a>/models/<m>` -> a deployment key that serves it."""

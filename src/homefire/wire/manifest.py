@@ -1,0 +1,101 @@
+"""The manifest of a checkpoint: written last, so that a checkpoint without one does not exist.
+
+A manifest attests what is in memory after applying the checkpoint, not the bytes of its files: each
+tensor entry digests the *full* tensor (little-endian raw bytes in its dtype), for deltas too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+
+import msgspec
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_FORMAT = 1
+
+
+class CheckpointKind(StrEnum):
+    """What a checkpoint directory holds."""
+
+    BASE = "base"
+    """All parameters in the serving dtype: an ordinary Hugging Face directory."""
+    DELTA = "delta"
+    """Only the elements whose bits differ from the parent snapshot."""
+    LORA = "lora"
+    """An adapter: an ordinary PEFT directory, float32."""
+    STATE = "state"
+    """Float32 masters and optimizer: what load_state takes."""
+
+
+class CheckpointFamily(StrEnum):
+    """The two name spaces of a slot; also the directory's name."""
+
+    SAMPLER = "sampler"
+    STATE = "state"
+
+
+class TensorEntry(msgspec.Struct, frozen=True):
+    """Example: TensorEntry("BF16", (128, 128), "9f86d0…")."""
+
+    dtype: str
+    """safetensors' name: BF16, F16, F32, F64, I64, …"""
+    shape: tuple[int, ...]
+    digest: str
+    """SHA-256, hex, of the full tensor's bytes."""
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    size_bytes: int
+    sha256: str
+
+
+class LoraManifest(msgspec.Struct, frozen=True):
+    rank: int
+    alpha: float
+    seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    format: int = MANIFEST_FORMAT
+    identity: str
+    kind: CheckpointKind
+    account: str
+    job: str
+    slot: str
+    step: int
+    parent: str | None = None
+    """The snapshot a delta applies to, in the same slot."""
+    parent_digest: str | None = None
+    base_model: str
+    created_at: float
+    """Unix time in seconds."""
+    tensors: dict[str, TensorEntry]
+    digest: str
+    """`whole_digest(tensors)`: the digest that completions name."""
+    files: dict[str, FileEntry]
+    size_bytes: int
+    num_changed: int = 0
+    num_elements: int = 0
+    lora: LoraManifest | None = None
+    expires_at: float | None = None
+    metadata: dict[str, str] = {}
+    homefire_version: str = ""
+
+
+def whole_digest(tensors: dict[str, TensorEntry]) -> str:
+    """SHA-256 over the tensors' names, dtypes, shapes and digests, sorted by name."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        entry = tensors[name]
+        shape = ",".join(map(str, entry.shape))
+        hasher.update(f"{name}\0{entry.dtype}\0{shape}\0{entry.digest}\n".encode())
+    return hasher.hexdigest()
+
+
+def weights_header(identity: str, digest: str) -> str:
+    """The value of `x-homefire-weights`, e.g. `step_00010-4b50536f; sha=9f86d081884c7d65`."""
+    return f"{identity}; sha={digest}"

@@ -1,0 +1,183 @@
+"""Records of a run: metrics, evaluations, and the lineage that ties weights to what they did."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class MetricsEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client adds to a job's record.
+
+    Example: MetricsEntry(step=12, metrics={"reward": 0.71}).
+    """
+
+    step: int
+    metrics: dict[str, float]
+
+
+class MetricsRow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One row of a job's record, written by the trainer or by a client (`event` is `client`)."""
+
+    at: float
+    """Unix time in seconds."""
+    step: int
+    """Optimizer steps applied when the row was written."""
+    event: str
+    loss: float | None = None
+    tokens: int | None = None
+    ms: float | None = None
+    metrics: dict[str, Any] = {}
+
+
+class MetricsRecord(msgspec.Struct, frozen=True):
+    rows: list[MetricsRow]
+    """Oldest first."""
+
+
+class EvaluationEntry(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """An evaluation as a client reports it: which weights, on which prompts, how, with what result."""
+
+    name: str
+    """What was evaluated, e.g. `held-out`."""
+    deployment: str
+    identity: str
+    """The weights that made the completions; `base` before any snapshot."""
+    digest: str = ""
+    step: int = 0
+    prompts_sha256: str = ""
+    num_prompts: int = 0
+    sampling: dict[str, Any] = {}
+    scores: dict[str, float] = {}
+    job: str = ""
+    """Id or resource name of the trainer job that made the weights."""
+
+
+class Evaluation(EvaluationEntry, frozen=True, rename="camel", kw_only=True):
+    id: str
+    at: float
+    """Unix time in seconds."""
+
+
+class EvaluationList(msgspec.Struct, frozen=True):
+    evaluations: list[Evaluation]
+
+
+class NodeKind(StrEnum):
+    """What a node of a job's lineage is."""
+
+    MODEL = "model"
+    """The base model that the job started from."""
+    STEP = "step"
+    """An optimizer step."""
+    SNAPSHOT = "snapshot"
+    """A sampler snapshot in the store."""
+    STATE = "state"
+    """A train state in the store."""
+    HOT_LOAD = "hot_load"
+    """A replica took, or failed to take, a snapshot."""
+    EVALUATION = "evaluation"
+    """Scores of one set of weights."""
+    PROMOTED = "promoted"
+    """A model resource made from a snapshot."""
+
+
+class LineageNode(msgspec.Struct, frozen=True, omit_defaults=True):
+    id: str
+    """Unique in its graph, e.g. `snapshot:step_00010-4b50536f`."""
+    kind: NodeKind
+    at: float | None = None
+    attributes: dict[str, Any] = {}
+
+
+class EdgeKind(StrEnum):
+    """How one node came from another."""
+
+    TRAINED = "trained"
+    """model -> first step, step -> next step."""
+    SAVED = "saved"
+    """step -> snapshot or state."""
+    PARENT = "parent"
+    """snapshot -> the delta that applies to it."""
+    LOADED = "loaded"
+    """snapshot -> hot load; state -> the step that training went on from."""
+    EVALUATED = "evaluated"
+    """snapshot -> evaluation."""
+    PROMOTED = "promoted"
+    """snapshot -> model."""
+
+
+class LineageEdge(msgspec.Struct, frozen=True):
+    source: str
+    target: str
+    kind: EdgeKind
+
+
+class Lineage(msgspec.Struct, frozen=True):
+    job: str
+    nodes: list[LineageNode]
+    edges: list[LineageEdge]
+
+
+class CapacityReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    threads_total: int
+    threads_used: int
+    memory_total_bytes: int
+    memory_used_bytes: int
+    waiting: list[str] = []
+    """Names of jobs and deployments that wait for room."""
+
+
+class ReplicaReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    replica: int
+    pid: int | None
+    ready: bool
+    identity: str | None
+    digest: str
+    stage: str
+    error: str = ""
+    running: int = 0
+    queued: int = 0
+    restarts: int = 0
+
+
+class DeploymentReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    name: str
+    state: str
+    message: str
+    base_model: str
+    desired_identity: str | None
+    replicas: list[ReplicaReport]
+
+
+class JobReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    name: str
+    state: str
+    message: str
+    base_model: str
+    mode: str
+    pid: int | None
+    step: int
+    num_accepted: int = 0
+    num_applied: int = 0
+    engine_restarts: int = 0
+    restarts: int = 0
+    detail: str = ""
+
+
+class StatusReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """Answer of `GET /v1/homefire/status`."""
+
+    version: str
+    home: str
+    url: str
+    jobs: list[JobReport]
+    deployments: list[DeploymentReport]
+    capacity: CapacityReport
+
+
+class LogReport(msgspec.Struct, frozen=True):
+    name: str
+    lines: list[str]

@@ -1,0 +1,130 @@
+"""What a process is started with: one JSON file of mode 0600, named on its command line.
+
+`homefire` never puts a secret on a command line or in the environment of a child.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+
+class TrainerMode(StrEnum):
+    """What a trainer job's policy slot is. The values are the training shapes' `trainerMode`."""
+
+    FULL = "POLICY_TRAINER"
+    """All parameters train (lora_rank 0)."""
+    LORA = "LORA_TRAINER"
+    """A low-rank adapter trains on a frozen base (lora_rank > 0)."""
+    FORWARD_ONLY = "FORWARD_ONLY"
+    """A frozen reference model: forward passes only."""
+
+
+class EngineKind(StrEnum):
+    """Which implementation of the engine protocols a service runs."""
+
+    TORCH = "torch"
+    """Real transformers models."""
+    FAKE = "fake"
+    """A numpy bigram model: deterministic, trains for real, starts in half a second. For tests."""
+
+
+class Upstream(msgspec.Struct, frozen=True):
+    """Where a service listens, and the secret that it demands in `x-homefire-secret`."""
+
+    socket: str
+    secret: str
+
+
+class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer service (front + engine) of one job."""
+
+    name: str
+    nonce: str
+    listen: Upstream
+    account: str
+    job: str
+    base_model: str
+    """As the client named it, e.g. `accounts/fireworks/models/qwen3-8b`."""
+    model_dir: str
+    """The Hugging Face directory that it resolved to."""
+    tokenizer_id: str
+    """What `get_info` gives clients as the tokenizer: a repository, or a directory."""
+    mode: TrainerMode
+    lora_rank: int
+    max_context_length: int
+    threads: int
+    store_root: str
+    job_dir: str
+    """Journal, recovery points, events.jsonl and logs of this job."""
+    engine: EngineKind = EngineKind.TORCH
+    micro_batch_tokens: int = 8192
+    """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
+    snapshot_cap_bytes: int = 64 << 30
+    """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
+    recovery_interval_s: float = 60.0
+    gap_timeout_s: float = 600.0
+    """How long requests are held behind a missing seq_id before they fail."""
+
+
+class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference replica of one deployment."""
+
+    name: str
+    nonce: str
+    listen: Upstream
+    account: str
+    deployment: str
+    replica: int
+    base_model: str
+    """A resource name, `accounts/<a>/models/<m>`: the stem of `model` in responses."""
+    model_dir: str
+    max_context_length: int
+    threads: int
+    store_root: str
+    replica_dir: str
+    engine: EngineKind = EngineKind.TORCH
+    max_running: int = 64
+    """Sequences decoded together."""
+    max_queued: int = 4096
+    """Requests waiting before new ones are shed with 429."""
+    drain_timeout_s: float = 90.0
+
+
+class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
+    home: str
+    nonce: str
+    listen: Upstream
+    public_url: str
+    """What clients reach the gateway at, e.g. `http://127.0.0.1:8700`."""
+    aliases: dict[str, str] = {}
+    model_roots: list[str] = []
+    engine: EngineKind = EngineKind.TORCH
+    capacity_threads: int = 0
+    """Engine threads that may be handed out; 0 = twice the cores (an idle engine costs nothing)."""
+    capacity_memory_bytes: int = 0
+    """0 = what the machine has, less a reserve."""
+
+
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True):
+    home: str
+    nonce: str
+    host: str
+    port: int
+    listen: Upstream
+    """A Unix socket for the supervisor's own health question; clients use host and port."""
+    control: Upstream
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    allowed_hosts: list[str] = []
+    """Host headers accepted, against DNS rebinding; loopback names are always accepted."""
+
+
+Spec = TypeVar("Spec", TrainerSpec, ReplicaSpec, ControlSpec, GatewaySpec)
+
+
+def read_spec(path: Path, kind: type[Spec]) -> Spec:
+    return msgspec.json.decode(path.read_bytes(), type=kind)

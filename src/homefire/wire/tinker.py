@@ -1,0 +1,374 @@
+"""Tinker messages as JSON: what clients from 0.15 to 0.38, and Fireworks', send to a trainer.
+
+Old clients leave unset fields out, newer ones dump them all, some send explicit nulls: every field
+here is optional unless no client ever omits it, and the defaults are the protocol's.
+Both wires decode `forward` and `forward_backward` to one `Pass` (see also `tinker_proto`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from homefire.wire.engine import Array
+from homefire.wire.errors import InvalidArgument
+
+MAX_DENSE_ELEMENTS = 1 << 27
+"""Elements that a sparse tensor may expand to; checked before anything is allocated."""
+OUTPUT_TYPE = "ArrayRecord"
+
+if sys.byteorder != "little":
+    raise ImportError("homefire's wire arrays are little-endian, this machine is not")
+
+# Requests ------------------------------------------------------------------------------------
+
+
+class CreateSession(msgspec.Struct, frozen=True):
+    tags: list[str] | None = None
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str | None = None
+    display_name: str | None = None
+
+
+class SessionRef(msgspec.Struct, frozen=True):
+    session_id: str
+
+
+class LoraConfig(msgspec.Struct, frozen=True):
+    rank: int = 32
+    alpha: float | None = None
+    seed: int | None = None
+    train_unembed: bool | None = None
+    train_mlp: bool | None = None
+    train_attn: bool | None = None
+
+
+class OptimizerConfig(msgspec.Struct, frozen=True):
+    type: str = "adamw"
+
+
+class CreateModel(msgspec.Struct, frozen=True):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraConfig | None = None
+    optimizer_config: OptimizerConfig | None = None
+    base_only: bool | None = None
+
+
+class ModelRef(msgspec.Struct, frozen=True):
+    model_id: str
+
+
+class AdamFields(msgspec.Struct, frozen=True):
+    """`adam_params`, or `optimizer_params` with a `type`."""
+
+    type: str = "adamw"
+    learning_rate: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    grad_clip_norm: float | None = None
+    grad_accumulation_normalization: str | None = None
+
+
+class OptimStepRequest(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int
+    adam_params: AdamFields | None = None
+    optimizer_params: AdamFields | None = None
+    grad_accumulation_normalization: str | None = None
+
+
+class SaveWeights(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int
+    path: str | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+class SaveWeightsForSampler(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int
+    path: str | None = None
+    sampling_session_seq_id: int | None = None
+    checkpoint_type: str | None = None
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class LoadWeights(msgspec.Struct, frozen=True):
+    """On a model (`model_id`, in order when it has a `seq_id`), or creating one (`session_id`)."""
+
+    path: str
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    optimizer: bool | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: OptimizerConfig | None = None
+
+
+class LoadAdapter(msgspec.Struct, frozen=True):
+    model_id: str
+    adapter_path: str
+    seq_id: int | None = None
+
+
+class UnloadModel(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int | None = None
+
+
+class WeightsInfo(msgspec.Struct, frozen=True):
+    tinker_path: str
+
+
+class RetrieveFuture(msgspec.Struct, frozen=True):
+    request_id: str
+    allow_metadata_only: bool | None = None
+
+
+# Forward and forward_backward ----------------------------------------------------------------
+
+
+class TensorValue(msgspec.Struct, frozen=True, array_like=True):
+    """A dense tensor. Example: TensorValue("int64", (2,), b"\\x02\\0\\0\\0\\0\\0\\0\\0\\x03…")."""
+
+    dtype: str
+    """float32 or int64."""
+    shape: tuple[int, ...]
+    data: bytes
+    """Little-endian, C order."""
+
+    def array(self) -> Array:
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One datum."""
+
+    tokens: bytes
+    """int32, little-endian; ids beyond int32 are saturated, which no vocabulary contains."""
+    inputs: dict[str, TensorValue]
+    foreign_chunks: list[str] = []
+    """Types of chunks that are not text, e.g. `image`."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+
+class Pass(msgspec.Struct, frozen=True, kw_only=True):
+    """`forward` or `forward_backward`, decoded from either wire but not yet checked."""
+
+    rows: list[Row]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] = {}
+    forward_only: bool = False
+
+
+class PassRequest(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int
+    body: Pass
+
+
+class _Chunk(msgspec.Struct, frozen=True):
+    tokens: list[int] | None = None
+    type: str | None = None
+    data: str | None = None
+    dmel: str | None = None
+
+
+class _ModelInput(msgspec.Struct, frozen=True):
+    chunks: list[_Chunk]
+
+
+class _Tensor(msgspec.Struct, frozen=True):
+    data: list[int | float]
+    dtype: str
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
+class _Datum(msgspec.Struct, frozen=True):
+    model_input: _ModelInput
+    loss_fn_inputs: dict[str, _Tensor] = {}
+
+
+class _Input(msgspec.Struct, frozen=True):
+    data: list[_Datum]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] | None = None
+
+
+class ForwardRequest(msgspec.Struct, frozen=True):
+    """Body of POST forward."""
+
+    model_id: str
+    seq_id: int
+    forward_input: _Input
+
+
+class ForwardBackwardRequest(msgspec.Struct, frozen=True):
+    """Body of POST forward_backward; newer JSON clients may ask for the forward half only."""
+
+    model_id: str
+    seq_id: int
+    forward_backward_input: _Input
+    forward_only: bool | None = None
+
+
+def forward_pass(request: ForwardRequest) -> PassRequest:
+    """Raises InvalidArgument for tensors that contradict themselves. Takes milliseconds per MB."""
+    body = _pass(request.forward_input, forward_only=True)
+    return PassRequest(request.model_id, request.seq_id, body)
+
+
+def forward_backward_pass(request: ForwardBackwardRequest) -> PassRequest:
+    body = _pass(request.forward_backward_input, forward_only=bool(request.forward_only))
+    return PassRequest(request.model_id, request.seq_id, body)
+
+
+def _pass(given: _Input, *, forward_only: bool) -> Pass:
+    return Pass(
+        rows=[_row(datum, index) for index, datum in enumerate(given.data)],
+        loss_fn=given.loss_fn,
+        loss_fn_config=given.loss_fn_config or {},
+        forward_only=forward_only,
+    )
+
+
+def _row(datum: _Datum, index: int) -> Row:
+    chunks = datum.model_input.chunks
+    text = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
+    foreign = [_foreign_type(chunk) for chunk in chunks if chunk.tokens is None]
+    tokens = [token for tokens in text for token in tokens]
+    inputs = {
+        name: _tensor(tensor, f"data[{index}].loss_fn_inputs.{name}")
+        for name, tensor in datum.loss_fn_inputs.items()
+    }
+    return Row(token_bytes(tokens), inputs, foreign)
+
+
+def _foreign_type(chunk: _Chunk) -> str:
+    """Clients before 0.18 send no `type`: the keys tell."""
+    return chunk.type or ("dmel" if chunk.dmel is not None else "image")
+
+
+def token_bytes(tokens: list[int]) -> bytes:
+    limits = np.iinfo(np.int32)
+    try:
+        wide = np.array(tokens, dtype=np.int64)
+    except OverflowError:
+        wide = np.array([max(min(t, limits.max), limits.min) for t in tokens], dtype=np.int64)
+    return np.clip(wide, limits.min, limits.max).astype("<i4").tobytes()
+
+
+def _tensor(tensor: _Tensor, field: str) -> TensorValue:
+    values = _flat(tensor.data, tensor.dtype, field)
+    shape = tuple(tensor.shape) if tensor.shape is not None else (len(values),)
+    if tensor.sparse_crow_indices is not None:
+        crow = np.array(tensor.sparse_crow_indices, dtype=np.int64)
+        col = np.array(tensor.sparse_col_indices or [], dtype=np.int64)
+        values = dense_from_csr(values, crow, col, shape, field)
+    return tensor_value(values, tensor.dtype, shape, field)
+
+
+def _flat(data: list[int | float], dtype: str, field: str) -> Array:
+    kind = check_dtype(dtype, field)
+    try:
+        values = np.array(data, dtype=np.float64 if kind == "float32" else None)
+    except OverflowError as exc:
+        raise InvalidArgument(f"{field} holds a number beyond {dtype}", field=field) from exc
+    if kind == "int64" and values.dtype.kind == "f" and not np.array_equal(values, values.round()):
+        raise InvalidArgument(f"{field} is int64 but holds fractions", field=field)
+    with np.errstate(over="ignore"):
+        return values.astype(kind)
+
+
+def check_dtype(dtype: str, field: str) -> str:
+    if dtype not in {"float32", "int64"}:
+        raise InvalidArgument(
+            f"{field} has dtype {dtype!r}", hint="use float32 or int64", field=field
+        )
+    return dtype
+
+
+def tensor_value(values: Array, dtype: str, shape: tuple[int, ...], field: str) -> TensorValue:
+    if min(shape, default=0) < 0 or math.prod(shape) != values.size:
+        raise InvalidArgument(
+            f"{field} has {values.size} values but shape {list(shape)}",
+            hint="the product of shape must be the number of values",
+            field=field,
+        )
+    return TensorValue(dtype, shape, np.ascontiguousarray(values).astype(dtype).tobytes())
+
+
+def dense_from_csr(
+    values: Array, crow: Array, col: Array, shape: tuple[int, ...], field: str
+) -> Array:
+    """Expands a 2-D CSR tensor after checking its indices; the absent elements are 0."""
+    if len(shape) != 2 or min(shape) < 0 or math.prod(shape) > MAX_DENSE_ELEMENTS:
+        raise InvalidArgument(f"{field} is sparse with shape {list(shape)}", field=field)
+    counts = np.diff(crow)
+    sane = (
+        len(crow) == shape[0] + 1
+        and crow[0] == 0
+        and (counts >= 0).all()
+        and crow[-1] == len(values) == len(col)
+        and ((col >= 0) & (col < shape[1])).all()
+    )
+    if not sane:
+        raise InvalidArgument(f"{field} has inconsistent sparse indices", field=field)
+    dense = np.zeros(shape, dtype=values.dtype)
+    dense[np.repeat(np.arange(shape[0]), counts), col] = values
+    return dense.reshape(-1)
+
+
+# Results -------------------------------------------------------------------------------------
+
+
+class PassOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a forward or forward_backward: logprobs of all rows end to end, float32.
+
+    Example: two rows of 3 and 2 tokens: PassOutput(metrics={"loss:sum": 1.2},
+    shapes=[(3,), (2,)], logprobs=b"…20 bytes").
+    """
+
+    metrics: dict[str, float]
+    """Every key has exactly one colon, with its reduction behind it."""
+    shapes: list[tuple[int, ...]]
+    """Per row, the shape of its `target_tokens`."""
+    logprobs: bytes
+
+    def rows(self) -> list[Array]:
+        flat = np.frombuffer(self.logprobs, dtype=np.float32)
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes], dtype=np.int64)
+        parts = np.split(flat, ends[:-1]) if len(ends) else []
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def output_json(output: PassOutput) -> dict[str, Any]:
+    return {
+        "loss_fn_output_type": OUTPUT_TYPE,
+        "loss_fn_outputs": [{"logprobs": _tensor_json(row)} for row in output.rows()],
+        "metrics": output.metrics,
+    }
+
+
+def _tensor_json(array: Array) -> dict[str, Any]:
+    return {"data": array.ravel().tolist(), "dtype": "float32", "shape": list(array.shape)}

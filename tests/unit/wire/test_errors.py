@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from homefire.wire import errors
+from homefire.wire.errors import ERRORS_BY_CODE, ErrorRecord, HomefireError, error_body
+
+CLASSES = list(ERRORS_BY_CODE.values())
+
+
+def test_every_error_has_a_code_of_its_own():
+    declared = [
+        cls for _, cls in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(cls, HomefireError) and cls is not HomefireError
+    ]  # fmt: skip
+    assert len(ERRORS_BY_CODE) == len(declared)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_crosses_a_process_and_comes_back_as_the_same_class(cls):
+    record = ErrorRecord.of(cls("what happened", hint="what to do", field="data[0]"))
+    again = record.exception()
+    assert type(again) is cls
+    assert (again.message, again.hint, again.field) == ("what happened", "what to do", "data[0]")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_user_error_is_answered_with_a_status_that_clients_retry_for_ever(cls):
+    retried = {408, 409, 429, 500, 502, 503, 504}
+    if cls.category is errors.Category.USER and cls is not errors.AlreadyExists:
+        assert cls.http_status not in retried
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_body_carries_all_that_every_client_dialect_reads(cls):
+    body = error_body(cls("what", hint="do"), request_id="r1")
+    assert set(body["error"]) >= {"code", "category", "message", "hint", "request_id"}
+    assert body["error"]["request_id"] == "r1"
+    assert isinstance(body["code"], int)
+    assert "what" in body["message"]
+    assert "do" in body["message"]
+
+
+def test_the_tree_in_the_docstring_names_every_error():
+    drawn = errors.__doc__ or ""
+    missing = [cls.__name__ for cls in CLASSES if cls.__name__ not in drawn]
+    assert missing == []
+
+
+def test_an_unknown_code_from_a_newer_peer_becomes_an_internal_error():
+    assert type(errors.from_code("from_the_future", "x")) is errors.InternalError

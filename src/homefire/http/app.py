@@ -60,8 +60,9 @@ class ServiceShell:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["state"] = dict(scope.get("state", {}))
         request = Request(scope)
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id_of(request)}
+        request.state.request_id = request_id_of(request)
         given = request.headers.get(SECRET_HEADER, "").encode()
         if not hmac.compare_digest(given, self._secret):
             error = Unauthenticated(f"{SECRET_HEADER} is missing or wrong")

@@ -15,11 +15,20 @@ Answer = TypeVar("Answer")
 
 
 class ServiceClient:
-    """One upstream service. Raises the HomefireError that the service raised, or `Unavailable`."""
+    """One upstream service. Raises the HomefireError that the service raised, or `Unavailable`.
 
-    def __init__(self, upstream: Upstream, *, timeout_s: float = 30.0) -> None:
+    `transport` stands in for the socket, e.g. `httpx.ASGITransport` for a service in this process.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        timeout_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=upstream.socket),
+            transport=transport or httpx.AsyncHTTPTransport(uds=upstream.socket),
             base_url="http://service",
             headers={SECRET_HEADER: upstream.secret},
             timeout=httpx.Timeout(timeout_s, connect=5.0),

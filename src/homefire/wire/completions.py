@@ -157,23 +157,16 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top_logprobs: list[TopLogprob] = []
 
 
-class ContentLogprobs(msgspec.Struct, frozen=True):
-    """The answer to `logprobs: true`."""
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """In one of two shapes: `content` alone answers `logprobs: true`, the lists an integer."""
 
-    content: list[TokenLogprob]
-
-
-class LegacyLogprobs(msgspec.Struct, frozen=True):
-    """The answer to an integer `logprobs`; a prompt's first token has a null logprob."""
-
-    tokens: list[str]
-    token_ids: list[int]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-Logprobs = ContentLogprobs | LegacyLogprobs
+    content: list[TokenLogprob] | UnsetType = UNSET
+    tokens: list[str] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    token_logprobs: list[float | None] | UnsetType = UNSET
+    """Null for a prompt's first token."""
+    top_logprobs: list[dict[str, float] | None] | UnsetType = UNSET
+    text_offset: list[int] | UnsetType = UNSET
 
 
 class RawOutput(msgspec.Struct, frozen=True):

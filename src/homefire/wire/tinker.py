@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from homefire.wire.engine import Array
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import ErrorRecord, InvalidArgument
 
 MAX_DENSE_ELEMENTS = 1 << 27
 """Elements that a sparse tensor may expand to; checked before anything is allocated."""
@@ -179,10 +179,17 @@ class Pass(msgspec.Struct, frozen=True, kw_only=True):
     forward_only: bool = False
 
 
+class RejectedPass(msgspec.Struct, frozen=True):
+    """Its tensors contradict themselves. The request keeps its place in the order, and fails there."""
+
+    forward_only: bool
+    error: ErrorRecord
+
+
 class PassRequest(msgspec.Struct, frozen=True):
     model_id: str
     seq_id: int
-    body: Pass
+    body: Pass | RejectedPass
 
 
 class _Chunk(msgspec.Struct, frozen=True):
@@ -233,7 +240,7 @@ class ForwardBackwardRequest(msgspec.Struct, frozen=True):
 
 
 def forward_pass(request: ForwardRequest) -> PassRequest:
-    """Raises InvalidArgument for tensors that contradict themselves. Takes milliseconds per MB."""
+    """Takes milliseconds per MB."""
     body = _pass(request.forward_input, forward_only=True)
     return PassRequest(request.model_id, request.seq_id, body)
 
@@ -243,9 +250,13 @@ def forward_backward_pass(request: ForwardBackwardRequest) -> PassRequest:
     return PassRequest(request.model_id, request.seq_id, body)
 
 
-def _pass(given: _Input, *, forward_only: bool) -> Pass:
+def _pass(given: _Input, *, forward_only: bool) -> Pass | RejectedPass:
+    try:
+        rows = [_row(datum, index) for index, datum in enumerate(given.data)]
+    except InvalidArgument as error:
+        return RejectedPass(forward_only, ErrorRecord.of(error))
     return Pass(
-        rows=[_row(datum, index) for index, datum in enumerate(given.data)],
+        rows=rows,
         loss_fn=given.loss_fn,
         loss_fn_config=given.loss_fn_config or {},
         forward_only=forward_only,

@@ -13,12 +13,13 @@ from google.protobuf.message import DecodeError
 
 from homefire.wire import tinker_public_pb2 as pb
 from homefire.wire.engine import Array
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import ErrorRecord, InvalidArgument
 from homefire.wire.tinker import (
     OUTPUT_TYPE,
     Pass,
     PassOutput,
     PassRequest,
+    RejectedPass,
     Row,
     TensorValue,
     dense_from_csr,
@@ -36,13 +37,20 @@ def decode_forward_backward(body: bytes) -> PassRequest:
         message.ParseFromString(body)
     except DecodeError as exc:
         raise InvalidArgument(f"the body is not a ForwardBackwardRequest: {exc}") from exc
-    decoded = Pass(
-        rows=[_row(datum, index) for index, datum in enumerate(message.data)],
+    return PassRequest(message.model_id, message.seq_id, _pass(message))
+
+
+def _pass(message: pb.ForwardBackwardRequest) -> Pass | RejectedPass:
+    try:
+        rows = [_row(datum, index) for index, datum in enumerate(message.data)]
+    except InvalidArgument as error:
+        return RejectedPass(message.forward_only, ErrorRecord.of(error))
+    return Pass(
+        rows=rows,
         loss_fn=message.loss_fn,
         loss_fn_config=_config(message),
         forward_only=message.forward_only,
     )
-    return PassRequest(message.model_id, message.seq_id, decoded)
 
 
 def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str]:

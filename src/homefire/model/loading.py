@@ -1,0 +1,164 @@
+"""Loading a causal language model from a directory, in the one set of numbers.
+
+Weights are rounded to the serving dtype (what snapshots hold) and computed with in float32, so that
+trainer and sampler run the same values on every CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from homefire.model import verdict
+from homefire.model.attention import ATTENTION
+from homefire.wire.errors import InvalidArgument, ModelUnavailable
+
+SERVING_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode whose attention goes through `homefire.model.attention`.
+
+    The module is shared and mutable: whoever loaded it owns it, and changes weights in place only.
+    """
+
+    module: PreTrainedModel
+    config: PreTrainedConfig
+    """The text configuration."""
+    architecture: str
+    """`model_type`, e.g. `qwen3`."""
+    vocab_size: int
+    max_context_length: int
+    """Tokens of one row up to which positions are exact."""
+    serving_dtype: torch.dtype
+    tied: frozenset[str]
+    """State-dict names that alias another one, e.g. `lm_head.weight`; left out of snapshots."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The base model: token ids -> `last_hidden_state`."""
+        return cast(nn.Module, self.module.get_decoder())
+
+    @property
+    def head(self) -> nn.Linear:
+        """Hidden states -> logits. Always a plain linear map without bias (see verdict.py)."""
+        return cast(nn.Linear, self.module.get_output_embeddings())
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, hidden]; the embedding itself when tied."""
+        return self.head.weight
+
+    @property
+    def head_path(self) -> str:
+        """The head's module path, e.g. `lm_head`."""
+        head = self.head
+        return next(path for path, module in self.module.named_modules() if module is head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+
+def load_model(
+    directory: Path, *, serving_dtype: str = "bfloat16", device: str = "cpu"
+) -> LoadedModel:
+    """Reads config and safetensors of a Hugging Face directory; no network, no remote code.
+
+    Raises ModelUnavailable when files are missing or incomplete, Unsupported (naming the reason) when
+    our attention hook or head would not be exact for this model.
+    """
+    dtype = _serving_dtype(serving_dtype)
+    config = _read_config(directory)
+    text_config = config.get_text_config()
+    verdict.refuse_by_config(text_config)
+    module = _read_module(directory, config)
+    cast(nn.Module, module).to(device)  # transformers' own `to` is mistyped
+    verdict.refuse_by_structure(module)
+    _round_to(module, dtype)
+    module.set_attn_implementation(ATTENTION)
+    model = LoadedModel(
+        module=module,
+        config=text_config,
+        architecture=str(text_config.model_type),
+        vocab_size=int(text_config.vocab_size),
+        max_context_length=verdict.context_limit(text_config),
+        serving_dtype=dtype,
+        tied=frozenset(_aliases(module)),
+    )
+    verdict.refuse_if_inexact(model)
+    return model
+
+
+def _serving_dtype(name: str) -> torch.dtype:
+    if name not in SERVING_DTYPES:
+        raise InvalidArgument(
+            f"serving dtype {name!r} is unknown",
+            hint=f"use one of {', '.join(SERVING_DTYPES)}",
+            field="serving_dtype",
+        )
+    return SERVING_DTYPES[name]
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    if not (directory / "config.json").is_file():
+        raise ModelUnavailable(
+            f"{directory} has no config.json", hint="give a Hugging Face model directory"
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelUnavailable(f"the configuration in {directory} cannot be read: {exc}") from exc
+
+
+def _read_module(directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as exc:
+        raise ModelUnavailable(f"the weights in {directory} cannot be loaded: {exc}") from exc
+    module, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ModelUnavailable(
+            f"the weights in {directory} lack {len(absent)} tensors, e.g. {absent[0]}",
+            hint="the checkpoint is incomplete, or its config.json belongs to another model",
+        )
+    return module.eval()
+
+
+@torch.no_grad()
+def _round_to(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _aliases(module: nn.Module) -> list[str]:
+    """State-dict names whose tensor appeared under an earlier name."""
+    seen: set[int] = set()
+    aliases: list[str] = []
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            aliases.append(name)
+        seen.add(id(tensor))
+    return aliases

@@ -1,0 +1,90 @@
+"""Decoupled AdamW in place on float32 tensors (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g^2
+w -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from homefire.wire.engine import AdamParams
+from homefire.wire.errors import NonFiniteGradient
+
+LARGEST_GRADIENT = 1e19
+"""Above it a squared gradient leaves float32."""
+
+
+class AdamW:
+    """First and second moments by parameter name, and t, the number of updates."""
+
+    def __init__(self, masters: Mapping[str, Tensor]) -> None:
+        self.updates = 0
+        self.first = {name: torch.zeros_like(master) for name, master in masters.items()}
+        self.second = {name: torch.zeros_like(master) for name, master in masters.items()}
+
+    @torch.no_grad()
+    def step(
+        self,
+        masters: Mapping[str, Tensor],
+        gradient: Mapping[str, Tensor],
+        params: AdamParams,
+        *,
+        scale: float,
+    ) -> float:
+        """Updates `masters` with `scale * gradient`; a missing gradient is zero. Returns the norm of
+        the update."""
+        self.updates += 1
+        squares = 0.0
+        for name, master in masters.items():
+            update = self._update(name, master, gradient.get(name), params, scale)
+            squares += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
+            master.sub_(update)
+        return math.sqrt(squares)
+
+    def _update(
+        self,
+        name: str,
+        master: Tensor,
+        gradient: Tensor | None,
+        params: AdamParams,
+        scale: float,
+    ) -> Tensor:
+        first, second = self.first[name].mul_(params.beta1), self.second[name].mul_(params.beta2)
+        if gradient is not None:
+            scaled = gradient * scale
+            first.add_(scaled, alpha=1 - params.beta1)
+            second.addcmul_(scaled, scaled, value=1 - params.beta2)
+        deviation = (second / (1 - params.beta2**self.updates)).sqrt_().add_(params.eps)
+        update = (first / (1 - params.beta1**self.updates)).div_(deviation)
+        return update.add_(master, alpha=params.weight_decay).mul_(params.learning_rate)
+
+
+def gradient_norm(gradient: Mapping[str, Tensor], divisor: float) -> float:
+    """The global norm of `gradient / divisor`; NonFiniteGradient names the first parameter that is
+    NaN, infinite or too large to square."""
+    squares = 0.0
+    for name, tensor in gradient.items():
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / divisor
+        if not norm < LARGEST_GRADIENT:
+            raise non_finite(name, norm)
+        squares += norm * norm
+    return math.sqrt(squares)
+
+
+def non_finite(name: str, norm: float) -> NonFiniteGradient:
+    return NonFiniteGradient(
+        f"the gradient of {name!r} has norm {norm}; nothing was stepped and the gradient was cleared",
+        hint="check the batch's weights and advantages, or clip them",
+    )
+
+
+def clip_scale(norm: float, params: AdamParams, divisor: float) -> float:
+    """What the accumulated gradient is multiplied by: normalization, then clipping to the norm."""
+    limit = params.grad_clip_norm
+    clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
+    return clip / divisor

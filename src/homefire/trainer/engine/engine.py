@@ -1,0 +1,309 @@
+"""The verbs of an engine over named slots: all that the torch and the fake engine share.
+
+A forward_backward reads like this: check the batch whole, cut it as the plan says, push each
+micro-batch through the network (which asks back for the loss's derivative), keep the gradient only
+when every micro-batch went well.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from homefire.checkpoints import DirectoryStore
+from homefire.foundation.clock import Clock, SystemClock
+from homefire.trainer.engine import recovery, snapshots, states
+from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch
+from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
+from homefire.trainer.engine.network import Float32, Network
+from homefire.trainer.engine.slots import Committed, Slot, Slots
+from homefire.wire.engine import (
+    AdamParams,
+    AdoptSnapshot,
+    Arrays,
+    CloseSlot,
+    Digest,
+    DiscardGradients,
+    Done,
+    ExecutionPlan,
+    Forward,
+    ForwardBackward,
+    GradientsDiscarded,
+    LoadRecovery,
+    LoadState,
+    LoraSpec,
+    ModelOpened,
+    OpenModel,
+    OpenSlot,
+    OptimStep,
+    RecoveryLoaded,
+    RecoverySaved,
+    Rows,
+    SamplerSaved,
+    SaveRecovery,
+    SaveSampler,
+    SaveState,
+    SlotKind,
+    SlotOpened,
+    StateLoaded,
+    StateSaved,
+    Stepped,
+    WeightsDigest,
+)
+from homefire.wire.errors import (
+    DigestMismatch,
+    FailedPrecondition,
+    InvalidArgument,
+    NonFiniteGradient,
+)
+from homefire.wire.ids import check_name
+
+log = logging.getLogger(__name__)
+OpenNetwork = Callable[[OpenModel], Network]
+
+
+class SlotEngine:
+    """Implements `TrainingEngine` over a `Network`. One thread."""
+
+    def __init__(self, open_network: OpenNetwork, *, clock: Clock | None = None) -> None:
+        self._open_network = open_network
+        self._clock = clock or SystemClock()
+        self._slots = Slots()
+        self._opened: tuple[Network, Bucket, int] | None = None
+
+    # Opening -------------------------------------------------------------------------------------
+
+    def open_model(self, request: OpenModel) -> ModelOpened:
+        if self._opened is not None:
+            raise FailedPrecondition("this engine has its model already")
+        network = self._open_network(request)
+        bucket = Bucket(
+            store=DirectoryStore(Path(request.store_root), self._clock),
+            account=request.account,
+            job=request.job,
+            base_model=request.base_model,
+            model_dir=Path(request.model_dir),
+            cap_bytes=request.snapshot_cap_bytes,
+            clock=self._clock,
+        )
+        limit = min(request.max_context_length, network.max_context_length)
+        self._opened = network, bucket, limit
+        return ModelOpened(
+            architecture=network.architecture,
+            vocab_size=network.vocab_size,
+            max_context_length=limit,
+            num_parameters=network.num_parameters,
+            pid=os.getpid(),
+        )
+
+    def open_slot(self, request: OpenSlot) -> SlotOpened:
+        name = check_name(request.slot, field="slot")
+        self._slots.require_free(name)
+        slot = self._fresh_slot(name, request.kind, request.lora)
+        self._slots.add(slot)
+        return slot.opened()
+
+    def close_slot(self, request: CloseSlot) -> Done:
+        slot = self._slots.pop(request.slot)
+        self._close([slot])
+        return Done()
+
+    # Computing -----------------------------------------------------------------------------------
+
+    def forward(self, request: Forward, arrays: Arrays) -> tuple[Rows, Arrays]:
+        slot, loss, batch = self._prepare(request, arrays)
+
+        def run(cut: MicroBatch) -> Float32:
+            return slot.weights.logprobs(cut.batch.packed())
+
+        logprobs = _run_plan(batch, request.plan, run)
+        return Rows(metrics=metrics(evaluate(loss, logprobs, batch))), {"logprobs": logprobs}
+
+    def forward_backward(self, request: ForwardBackward, arrays: Arrays) -> tuple[Rows, Arrays]:
+        slot, loss, batch = self._prepare(request, arrays)
+        trained = slot.trainable()
+
+        def run(cut: MicroBatch) -> Float32:
+            def gradient_of(logprobs: Float32) -> Float32:
+                return evaluate(loss, logprobs, cut.batch).gradient.astype(np.float32)
+
+            return trained.backward(cut.batch.packed(), gradient_of)
+
+        try:
+            logprobs = _run_plan(batch, request.plan, run)
+            terms = evaluate(loss, logprobs, batch)
+            trained.keep_gradient()
+        finally:
+            trained.drop_gradient()
+        counted = (terms.gradient != 0).any(-1)
+        rows = sum(bool(counted[row].any()) for row in batch.rows())
+        slot.accumulated = slot.accumulated.plus(int(counted.sum()), rows)
+        return Rows(metrics=metrics(terms)), {"logprobs": logprobs}
+
+    def optim_step(self, request: OptimStep) -> Stepped:
+        slot = self._slots.get(request.slot)
+        trained = slot.trainable()
+        _check_adam(request.adam)
+        accumulated = slot.accumulated
+        try:
+            norms = trained.step(request.adam, accumulated.divisor(request.normalization))
+        except NonFiniteGradient:
+            slot.clear_gradient()
+            raise
+        slot.clear_gradient()
+        slot.step += 1
+        return Stepped(
+            step=slot.step,
+            metrics={
+                **norms,
+                "learning_rate": request.adam.learning_rate,
+                "num_loss_tokens": float(accumulated.num_loss_tokens),
+                "num_sequences": float(accumulated.num_sequences),
+                "num_backward_calls": float(accumulated.num_backward_calls),
+            },
+        )
+
+    def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded:
+        slot = self._slots.get(request.slot)
+        dropped = slot.accumulated
+        slot.clear_gradient()
+        return GradientsDiscarded(
+            num_backward_calls=dropped.num_backward_calls,
+            num_loss_tokens=dropped.num_loss_tokens,
+        )
+
+    # Saving and loading --------------------------------------------------------------------------
+
+    def save_sampler(self, request: SaveSampler) -> SamplerSaved:
+        return snapshots.save_sampler(self._bucket, self._slots.get(request.slot), request)
+
+    def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved:
+        slot = self._slots.get(request.slot)
+        return snapshots.adopt_snapshot(self._bucket, slot, request.identity)
+
+    def save_state(self, request: SaveState) -> StateSaved:
+        return states.save_state(self._bucket, self._slots.get(request.slot), request)
+
+    def load_state(self, request: LoadState) -> StateLoaded:
+        return states.load_state(self._slots.get(request.slot), request)
+
+    def save_recovery(self, request: SaveRecovery) -> RecoverySaved:
+        slots = self._slots.all()
+        size_bytes = recovery.write_recovery(Path(request.directory), slots)
+        return RecoverySaved(size_bytes=size_bytes, slots=[slot.opened() for slot in slots])
+
+    def load_recovery(self, request: LoadRecovery) -> RecoveryLoaded:
+        """Opens every slot of the recovery point, or none of them."""
+        if self._slots.all():
+            raise FailedPrecondition("a recovery point is loaded before any slot is opened")
+        directory = Path(request.directory)
+        record = recovery.read_recovery(directory)
+        restored: list[Slot] = []
+        try:
+            for saved in record.slots:
+                slot = self._fresh_slot(saved.name, saved.kind, saved.lora)
+                restored.append(slot)
+                _restore(slot, directory, record, saved)
+        except (InvalidArgument, KeyError) as exc:
+            self._close(restored)
+            raise DigestMismatch(f"{directory} does not fit this model: {exc}") from exc
+        for slot in restored:
+            self._slots.add(slot)
+        return RecoveryLoaded(slots=[slot.opened() for slot in restored])
+
+    def weights_digest(self, request: WeightsDigest) -> Digest:
+        slot = self._slots.get(request.slot)
+        return Digest(digest=states.serving_digest(slot), step=slot.step)
+
+    # Helpers -------------------------------------------------------------------------------------
+
+    @property
+    def _model(self) -> tuple[Network, Bucket, int]:
+        if self._opened is None:
+            raise FailedPrecondition("open_model comes first")
+        return self._opened
+
+    @property
+    def _network(self) -> Network:
+        return self._model[0]
+
+    @property
+    def _bucket(self) -> Bucket:
+        return self._model[1]
+
+    def _fresh_slot(self, name: str, kind: SlotKind, lora: LoraSpec | None) -> Slot:
+        if (kind is SlotKind.LORA) != (lora is not None):
+            raise InvalidArgument(f"a {kind} slot and lora={lora} do not go together", field="lora")
+        if kind is SlotKind.REFERENCE:
+            return Slot(name, kind, None, self._network.reference(), None)
+        if lora is None:
+            weights = self._network.open_full()
+        else:
+            lora = lora if lora.seed is not None else msgspec.structs.replace(lora, seed=0)
+            weights = self._network.open_lora(lora)
+        return Slot(name, kind, lora, weights, weights)
+
+    def _close(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            if slot.trained is not None:
+                self._network.close(slot.trained)
+
+    def _prepare(
+        self, request: Forward | ForwardBackward, arrays: Arrays
+    ) -> tuple[Slot, Loss, Batch]:
+        network, _, limit = self._model
+        slot = self._slots.get(request.slot)
+        loss = loss_function(request.loss_fn, request.loss_fn_config)
+        batch = read_batch(arrays, vocab_size=network.vocab_size, max_context_length=limit)
+        network.use_threads(request.plan.threads)
+        return slot, loss, batch
+
+
+def _run_plan(batch: Batch, plan: ExecutionPlan, run: Callable[[MicroBatch], Float32]) -> Float32:
+    """Logprobs [T, K] in the order of the request."""
+    logprobs = np.zeros(batch.targets.shape, np.float32)
+    for cut in micro_batches(batch, plan):
+        logprobs[cut.places] = run(cut)
+    return logprobs
+
+
+def _restore(
+    slot: Slot,
+    directory: Path,
+    record: recovery.RecoveryRecord,
+    saved: recovery.SlotRecord,
+) -> None:
+    slot.step = saved.step
+    slot.committed = Committed(saved.parent, None) if saved.parent else None
+    if slot.trained is None:
+        return
+    masters, optimizer, gradient = (
+        recovery.read_part(directory, record, saved.name, part)
+        for part in ("masters", "optimizer", "gradient")
+    )
+    slot.trained.check_fits(masters)
+    slot.trained.restore(masters, optimizer, gradient)
+    slot.accumulated = saved.accumulated()
+
+
+def _check_adam(adam: AdamParams) -> None:
+    ranges = {
+        "learning_rate": (adam.learning_rate, 0.0, math.inf),
+        "beta1": (adam.beta1, 0.0, 1.0),
+        "beta2": (adam.beta2, 0.0, 1.0),
+        "eps": (adam.eps, 0.0, math.inf),
+        "weight_decay": (adam.weight_decay, 0.0, math.inf),
+        "grad_clip_norm": (adam.grad_clip_norm, 0.0, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        if not low <= value < high:
+            raise InvalidArgument(
+                f"{name} is {value}", hint=f"it must be in [{low}, {high})", field=name
+            )

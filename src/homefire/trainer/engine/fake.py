@@ -1,0 +1,76 @@
+"""The fake engine: a bigram model in numpy that trains for real. For tests; no torch.
+
+Starts in half a second and is deterministic. Model, names and roundings are `homefire.model.bigram`'s,
+where the fake sampler finds them too. Its base weights are fixed by the vocabulary's size, unless the
+model directory is itself a snapshot of a fake (it holds `bigram.weight`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from homefire.checkpoints import read_model_directory
+from homefire.model import bigram
+from homefire.trainer.engine.bigram_weights import BigramFull, BigramLora, BigramReference
+from homefire.trainer.engine.engine import SlotEngine
+from homefire.trainer.engine.network import Float32, FrozenWeights, TrainableWeights
+from homefire.wire.engine import LoraSpec, OpenModel
+
+_CONTEXT_LENGTH = 1 << 20
+
+
+def fake_engine() -> SlotEngine:
+    return SlotEngine(open_network)
+
+
+def open_network(request: OpenModel) -> BigramNetwork:
+    return BigramNetwork(base_of(Path(request.model_dir)), request.base_model)
+
+
+def base_of(model_dir: Path) -> Float32:
+    """float32 [V, V], in bfloat16 values."""
+    vocab_size = bigram.vocab_size_of(model_dir)
+    if any(model_dir.glob("model*.safetensors")):
+        tensors = read_model_directory(model_dir)
+        if bigram.TENSOR in tensors:
+            return bigram.bfloat16(bigram.from_raw(tensors[bigram.TENSOR]))
+    return bigram.base_weight(vocab_size)
+
+
+class BigramNetwork:
+    """Implements `Network`."""
+
+    def __init__(self, base: Float32, base_model: str) -> None:
+        self._base = base
+        self._base_model = base_model
+
+    @property
+    def architecture(self) -> str:
+        return bigram.ARCHITECTURE
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._base)
+
+    @property
+    def max_context_length(self) -> int:
+        return _CONTEXT_LENGTH
+
+    @property
+    def num_parameters(self) -> int:
+        return self._base.size
+
+    def use_threads(self, count: int) -> None:
+        """numpy keeps its own; nothing here is large enough to be split."""
+
+    def reference(self) -> FrozenWeights:
+        return BigramReference(self._base)
+
+    def open_full(self) -> TrainableWeights:
+        return BigramFull(self._base)
+
+    def open_lora(self, spec: LoraSpec) -> TrainableWeights:
+        return BigramLora(self._base, spec, self._base_model)
+
+    def close(self, weights: TrainableWeights) -> None:
+        """Nothing is shared."""

@@ -1,0 +1,145 @@
+"""The numeric half of an engine: a model, and the weights of each slot on it.
+
+Two implementations: torch (`torch_engine.py`) and numpy (`fake.py`). Everything that has no numbers in
+it (slots, plans, losses, snapshots, recovery) is shared above this seam.
+
+Axes: T tokens of all rows, N rows, K targets per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from homefire.wire.engine import AdamParams, LoraSpec
+from homefire.wire.tensors import RawTensor, Tensors
+
+Ints = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+GradientOf = Callable[[Float32], Float32]
+"""Logprobs [T, K] -> the derivative of the loss with respect to them, [T, K]."""
+
+
+@dataclass(frozen=True)
+class PackedTargets:
+    """One micro-batch: rows end to end, and what each token should predict."""
+
+    tokens: Ints
+    """[T]"""
+    lengths: list[int]
+    """[N], sum T"""
+    targets: Ints
+    """[T, K]"""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """A slot's numbers as raw tensors, bit for bit. Views of live memory: write them before moving on."""
+
+    masters: Tensors
+    """What the optimizer updates, float32."""
+    optimizer: Tensors
+    """First and second moments (`first:<name>`, `second:<name>`), and `updates` int64 [1]."""
+    gradient: Tensors = field(default_factory=dict[str, RawTensor])
+    """The accumulated gradient; empty when there is none."""
+
+
+class FrozenWeights(Protocol):
+    """Numbers that rows can be scored with."""
+
+    def logprobs(self, batch: PackedTargets) -> Float32:
+        """[T, K], under the serving weights. No gradient."""
+        ...
+
+    def serving(self) -> dict[str, RawTensor]:
+        """Fresh tensors of a sampler snapshot: the whole model's, or the adapter's."""
+        ...
+
+
+class TrainableWeights(FrozenWeights, Protocol):
+    """The weights of one slot with their optimizer and accumulated gradient.
+
+    A gradient is accumulated per operation: `backward` adds to a gradient aside, which
+    `keep_gradient` merges and `drop_gradient` forgets, so that a failed operation leaves no trace.
+    """
+
+    @property
+    def num_trainable(self) -> int: ...
+
+    def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
+        """Logprobs as `logprobs` gives them; adds d loss / d weights to the gradient aside.
+
+        Errors of `gradient_of` pass through.
+        """
+        ...
+
+    def keep_gradient(self) -> None:
+        """Merges the gradient aside into the accumulated one."""
+        ...
+
+    def drop_gradient(self) -> None:
+        """Forgets the gradient aside."""
+        ...
+
+    def clear_gradient(self) -> None:
+        """Forgets the accumulated gradient."""
+        ...
+
+    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
+        """AdamW with the accumulated gradient / divisor (zero when there is none).
+
+        Metrics: `grad_norm` (before clipping), `update_norm`, and for whole models
+        `changed_fraction` (elements whose serving value moved). Raises NonFiniteGradient, naming the
+        parameter, before anything is stepped.
+        """
+        ...
+
+    def adapter_config(self) -> dict[str, Any] | None:
+        """`adapter_config.json` of an adapter; None when `serving` is a whole model."""
+        ...
+
+    def files(self) -> WeightFiles: ...
+
+    def check_fits(self, masters: Tensors) -> None:
+        """InvalidArgument, naming the first tensor that `masters` lacks or shapes otherwise."""
+        ...
+
+    def restore(self, masters: Tensors, optimizer: Tensors | None, gradient: Tensors) -> None:
+        """Takes over copies, bit for bit; None starts a fresh optimizer. Call `check_fits` first."""
+        ...
+
+
+class Network(Protocol):
+    """A loaded base model on which slots are opened."""
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_context_length(self) -> int: ...
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def use_threads(self, count: int) -> None: ...
+
+    def reference(self) -> FrozenWeights:
+        """The base model itself, whatever is trained beside it."""
+        ...
+
+    def open_full(self) -> TrainableWeights:
+        """All parameters, at the base model. Unsupported when it cannot be held beside what is open."""
+        ...
+
+    def open_lora(self, spec: LoraSpec) -> TrainableWeights:
+        """A fresh adapter on the frozen base; `spec.seed` is set. Unsupported as above."""
+        ...
+
+    def close(self, weights: TrainableWeights) -> None: ...

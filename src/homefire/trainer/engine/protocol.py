@@ -1,0 +1,72 @@
+"""What a trainer front may ask of its engine: one method per request of `homefire.wire.engine`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from homefire.wire.engine import (
+    AdoptSnapshot,
+    Arrays,
+    CloseSlot,
+    Digest,
+    DiscardGradients,
+    Done,
+    Forward,
+    ForwardBackward,
+    GradientsDiscarded,
+    LoadRecovery,
+    LoadState,
+    ModelOpened,
+    OpenModel,
+    OpenSlot,
+    OptimStep,
+    RecoveryLoaded,
+    RecoverySaved,
+    Rows,
+    SamplerSaved,
+    SaveRecovery,
+    SaveSampler,
+    SaveState,
+    SlotOpened,
+    StateLoaded,
+    StateSaved,
+    Stepped,
+    WeightsDigest,
+)
+
+
+class TrainingEngine(Protocol):
+    """Every method blocks until done, and runs in the one thread that owns the model.
+
+    A HomefireError means that the operation changed nothing and the engine goes on; the one exception
+    is an `optim_step` refused for a non-finite gradient, which clears that gradient. The semantics of
+    each verb are those of its request's docstring.
+    """
+
+    def open_model(self, request: OpenModel) -> ModelOpened: ...
+
+    def open_slot(self, request: OpenSlot) -> SlotOpened: ...
+
+    def close_slot(self, request: CloseSlot) -> Done: ...
+
+    def forward(self, request: Forward, arrays: Arrays) -> tuple[Rows, Arrays]: ...
+
+    def forward_backward(self, request: ForwardBackward, arrays: Arrays) -> tuple[Rows, Arrays]: ...
+
+    def optim_step(self, request: OptimStep) -> Stepped: ...
+
+    def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded: ...
+
+    def save_sampler(self, request: SaveSampler) -> SamplerSaved: ...
+
+    def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved: ...
+
+    def save_state(self, request: SaveState) -> StateSaved: ...
+
+    def load_state(self, request: LoadState) -> StateLoaded: ...
+
+    def save_recovery(self, request: SaveRecovery) -> RecoverySaved: ...
+
+    def load_recovery(self, request: LoadRecovery) -> RecoveryLoaded: ...
+
+    def weights_digest(self, request: WeightsDigest) -> Digest: ...

@@ -1,0 +1,118 @@
+"""The engine's loop: one request frame in, one reply frame out, until the front hangs up.
+
+A user's mistake answers `Failure`; anything unexpected answers `Failure` too, with its traceback in the
+log. Nothing but the end of the stream or `Shutdown` ends the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import msgspec
+
+from homefire.foundation.failpoints import failpoint
+from homefire.trainer.engine.protocol import TrainingEngine
+from homefire.wire.engine import (
+    AdoptSnapshot,
+    Arrays,
+    CloseSlot,
+    DiscardGradients,
+    Done,
+    Failure,
+    Forward,
+    ForwardBackward,
+    LoadRecovery,
+    LoadState,
+    OpenModel,
+    OpenSlot,
+    OptimStep,
+    Reply,
+    Request,
+    SaveRecovery,
+    SaveSampler,
+    SaveState,
+    Shutdown,
+    WeightsDigest,
+    decode_request,
+    encode_reply,
+    read_frame,
+)
+from homefire.wire.errors import EngineFailed, ErrorRecord, HomefireError
+
+log = logging.getLogger(__name__)
+
+
+def serve(connection: socket.socket, engine: TrainingEngine) -> None:
+    """Blocks until the front closes the stream or sends `Shutdown`."""
+    while (frame := read_frame(connection)) is not None:
+        message, reply = _answer(engine, frame)
+        failpoint("engine.before_reply")
+        try:
+            connection.sendall(reply)
+        except (BrokenPipeError, ConnectionResetError):
+            log.warning("the front went away before the reply")
+            return
+        if isinstance(message, Shutdown):
+            return
+
+
+def _answer(engine: TrainingEngine, frame: bytes) -> tuple[Request | None, bytes]:
+    message: Request | None = None
+    try:
+        message, arrays = decode_request(frame)
+        reply, reply_arrays = dispatch(engine, message, arrays)
+        return message, encode_reply(reply, reply_arrays)
+    except HomefireError as exc:
+        log.info("%s failed: %s", type(message).__name__, exc)
+        return message, encode_reply(Failure(ErrorRecord.of(exc)))
+    except msgspec.DecodeError as exc:
+        error = EngineFailed(f"the request cannot be decoded: {exc}", hint="restart the engine")
+        return message, encode_reply(Failure(ErrorRecord.of(error)))
+    except Exception as exc:  # the worker loop: a broken operation must not end it
+        log.exception("%s broke", type(message).__name__)
+        error = EngineFailed(f"{type(message).__name__} broke: {type(exc).__name__}: {exc}")
+        return message, encode_reply(Failure(ErrorRecord.of(error)))
+
+
+def dispatch(engine: TrainingEngine, message: Request, arrays: Arrays) -> tuple[Reply, Arrays]:
+    """The method of each request."""
+    match message:
+        case Forward():
+            return engine.forward(message, arrays)
+        case ForwardBackward():
+            return engine.forward_backward(message, arrays)
+        case _:
+            return _dispatch_without_arrays(engine, message), {}
+
+
+def _dispatch_without_arrays(engine: TrainingEngine, message: Request) -> Reply:
+    match message:
+        case OptimStep():
+            return engine.optim_step(message)
+        case SaveSampler():
+            return engine.save_sampler(message)
+        case AdoptSnapshot():
+            return engine.adopt_snapshot(message)
+        case SaveState():
+            return engine.save_state(message)
+        case LoadState():
+            return engine.load_state(message)
+        case SaveRecovery():
+            return engine.save_recovery(message)
+        case LoadRecovery():
+            return engine.load_recovery(message)
+        case WeightsDigest():
+            return engine.weights_digest(message)
+        case DiscardGradients():
+            return engine.discard_gradients(message)
+        case OpenModel():
+            return engine.open_model(message)
+        case OpenSlot():
+            return engine.open_slot(message)
+        case CloseSlot():
+            return engine.close_slot(message)
+        case Shutdown():
+            return Done()
+        case Forward() | ForwardBackward():
+            raise TypeError("forward passes take arrays")

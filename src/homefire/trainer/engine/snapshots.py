@@ -1,0 +1,168 @@
+"""Sampler snapshots of a slot: what is written, against which parent, and when twice is once."""
+
+from __future__ import annotations
+
+import logging
+
+from homefire.checkpoints import (
+    CheckpointFamily,
+    CheckpointKey,
+    CheckpointKind,
+    LoraManifest,
+    Manifest,
+    SnapshotInfo,
+    Tensors,
+    digest_tensors,
+    materialize,
+    resolve_chain,
+    whole_digest,
+    write_base,
+    write_delta,
+    write_lora,
+)
+from homefire.checkpoints.lineage import MAX_CHAIN
+from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.slots import Committed, Slot
+from homefire.wire.engine import LoraSpec, SamplerSaved, SaveSampler
+from homefire.wire.errors import (
+    DigestMismatch,
+    DuplicateCheckpoint,
+    FailedPrecondition,
+    InvalidArgument,
+    ReplayDivergence,
+    UnknownSnapshot,
+    Unsupported,
+)
+
+log = logging.getLogger(__name__)
+
+
+def save_sampler(bucket: Bucket, slot: Slot, request: SaveSampler) -> SamplerSaved:
+    """Writes and commits the slot's serving weights, and makes them the parent of the next delta."""
+    _check_type(request.checkpoint_type)
+    trained = slot.trainable()
+    key = bucket.key(slot.name, CheckpointFamily.SAMPLER, request.identity)
+    serving = trained.serving()
+    if bucket.store.exists(key):
+        manifest, note = _same_again(bucket.store.manifest(key), serving), "saved before"
+    else:
+        info = bucket.info(
+            step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds
+        )
+        manifest, note = _write(bucket, slot, key, serving, info, request.checkpoint_type)
+    slot.committed = Committed(manifest, serving)
+    return _saved(manifest, note)
+
+
+def adopt_snapshot(bucket: Bucket, slot: Slot, identity: str) -> SamplerSaved:
+    """Takes a committed snapshot for the slot's own, after proving that it is."""
+    manifest = bucket.store.manifest(bucket.key(slot.name, CheckpointFamily.SAMPLER, identity))
+    serving = slot.weights.serving()
+    digest = whole_digest(digest_tensors(serving))
+    if digest != manifest.digest:
+        raise ReplayDivergence(
+            f"snapshot {identity!r} has digest {manifest.digest[:16]},"
+            f" the replayed weights have {digest[:16]}",
+            hint="the replayed run is not the one that saved it",
+        )
+    slot.committed = Committed(manifest, serving)
+    return _saved(manifest, "adopted")
+
+
+def lora_manifest(spec: LoraSpec) -> LoraManifest:
+    return LoraManifest(
+        rank=spec.rank,
+        alpha=spec.alpha,
+        seed=spec.seed,
+        train_attn=spec.train_attn,
+        train_mlp=spec.train_mlp,
+        train_unembed=spec.train_unembed,
+    )
+
+
+def _check_type(checkpoint_type: str) -> None:
+    if checkpoint_type == "merged_base":
+        raise Unsupported(
+            "checkpoint_type 'merged_base' is not supported yet",
+            hint="save the adapter; deployments load it on the base model",
+            field="checkpoint_type",
+        )
+    if checkpoint_type not in ("base", "delta"):
+        raise InvalidArgument(
+            f"checkpoint_type {checkpoint_type!r} is unknown",
+            hint="use base or delta",
+            field="checkpoint_type",
+        )
+
+
+def _same_again(manifest: Manifest, serving: Tensors) -> Manifest:
+    if whole_digest(digest_tensors(serving)) != manifest.digest:
+        raise DuplicateCheckpoint(
+            f"snapshot {manifest.identity!r} exists with other weights (of step {manifest.step})",
+            hint="save under another name",
+        )
+    return manifest
+
+
+def _write(
+    bucket: Bucket,
+    slot: Slot,
+    key: CheckpointKey,
+    serving: Tensors,
+    info: SnapshotInfo,
+    checkpoint_type: str,
+) -> tuple[Manifest, str]:
+    """The manifest, and a note where what was written is not what was asked."""
+    config = slot.trainable().adapter_config()
+    if config is not None and slot.lora is not None:
+        lora = lora_manifest(slot.lora)
+        return write_lora(bucket.store, key, serving, info, adapter_config=config, lora=lora), ""
+    if checkpoint_type == "base":
+        return write_base(bucket.store, key, serving, info, model_files=bucket.model_dir), ""
+    parent, why_not = _parent(bucket, slot)
+    if parent is None or parent.tensors is None:
+        base = write_base(bucket.store, key, serving, info, model_files=bucket.model_dir)
+        return base, f"{why_not}, so a base was written"
+    delta = write_delta(
+        bucket.store, key, serving, info, parent=parent.manifest, parent_tensors=parent.tensors
+    )
+    return delta, ""
+
+
+def _parent(bucket: Bucket, slot: Slot) -> tuple[Committed | None, str]:
+    """The last committed snapshot with its bits; else None and the reason.
+
+    A delta is only written on a chain that a late replica can still walk.
+    """
+    committed = slot.committed
+    if committed is None:
+        return None, "the slot has no snapshot yet"
+    identity = committed.manifest.identity
+    key = bucket.key(slot.name, CheckpointFamily.SAMPLER, identity)
+    try:
+        chain = resolve_chain(lambda name: bucket.store.manifest(key.sibling(name)), identity)
+        if chain[-1].digest != committed.manifest.digest:
+            return None, f"snapshot {identity!r} is not the one that this slot wrote"
+        if len(chain) >= MAX_CHAIN:
+            return None, f"snapshot {identity!r} has {len(chain)} links already"
+        if committed.tensors is not None:
+            return committed, ""
+        found = materialize(bucket.store, bucket.account, bucket.job, slot.name, identity)
+    except (DigestMismatch, FailedPrecondition, UnknownSnapshot) as exc:
+        log.warning("falling back to a base: %s", exc)
+        return None, f"the chain is broken ({exc.message})"
+    return Committed(found.manifest, found.tensors), ""
+
+
+def _saved(manifest: Manifest, note: str) -> SamplerSaved:
+    return SamplerSaved(
+        identity=manifest.identity,
+        kind=CheckpointKind(manifest.kind).value,
+        parent=manifest.parent,
+        step=manifest.step,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.digest,
+        num_changed=manifest.num_changed,
+        num_elements=manifest.num_elements,
+        note=note,
+    )

@@ -1,0 +1,100 @@
+"""The real engine: any decoder of transformers that our attention hook runs exactly, in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from homefire.model.loading import LoadedModel, load_model
+from homefire.model.lora import new_adapter
+from homefire.trainer.engine.engine import SlotEngine
+from homefire.trainer.engine.network import FrozenWeights, TrainableWeights
+from homefire.trainer.engine.torch_weights import (
+    FullWeights,
+    LoraWeights,
+    ReferenceWeights,
+    Residence,
+)
+from homefire.wire.engine import LoraSpec, OpenModel
+from homefire.wire.errors import Unsupported
+
+
+def torch_engine() -> SlotEngine:
+    return SlotEngine(open_network)
+
+
+def open_network(request: OpenModel) -> TorchNetwork:
+    torch.set_num_threads(request.threads)
+    # Replay after a crash promises the same bits: an operation that cannot give them is an error.
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    model = load_model(Path(request.model_dir), serving_dtype=request.serving_dtype)
+    residence = Residence(model, Path(request.model_dir), request.serving_dtype)
+    return TorchNetwork(model, residence, request.base_model)
+
+
+class TorchNetwork:
+    """Implements `Network`: one module, trained in place by one full slot or adapted by many LoRA
+    slots."""
+
+    def __init__(self, model: LoadedModel, residence: Residence, base_model: str) -> None:
+        self._model = model
+        self._residence = residence
+        self._base_model = base_model
+        self._open: list[TrainableWeights] = []
+
+    @property
+    def architecture(self) -> str:
+        return self._model.architecture
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    @property
+    def max_context_length(self) -> int:
+        return self._model.max_context_length
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._model.module.parameters())
+
+    def use_threads(self, count: int) -> None:
+        """The number of threads is part of a plan: on CPU a sum's bits depend on it."""
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+
+    def reference(self) -> FrozenWeights:
+        return ReferenceWeights(self._residence)
+
+    def open_full(self) -> TrainableWeights:
+        if self._open:
+            raise _crowded("a second slot beside a full-parameter one")
+        return self._opened(FullWeights(self._residence))
+
+    def open_lora(self, spec: LoraSpec) -> TrainableWeights:
+        if any(isinstance(weights, FullWeights) for weights in self._open):
+            raise _crowded("an adapter beside a full-parameter slot")
+        adapter = new_adapter(
+            self._model,
+            rank=spec.rank,
+            alpha=spec.alpha,
+            seed=spec.seed or 0,
+            train_attn=spec.train_attn,
+            train_mlp=spec.train_mlp,
+            train_unembed=spec.train_unembed,
+        )
+        return self._opened(LoraWeights(self._residence, adapter, self._base_model))
+
+    def close(self, weights: TrainableWeights) -> None:
+        self._open.remove(weights)
+        self._residence.forget(weights)
+
+    def _opened(self, weights: TrainableWeights) -> TrainableWeights:
+        self._open.append(weights)
+        return weights
+
+
+def _crowded(what: str) -> Unsupported:
+    return Unsupported(f"one trainer cannot hold {what}", hint="create another trainer job")

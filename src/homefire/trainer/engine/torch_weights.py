@@ -1,0 +1,290 @@
+"""The weights of a slot on a torch model: all parameters, an adapter, or the frozen base.
+
+There is one module. Whose weights lie in it is `Residence`'s business: a full slot trains it in place,
+and the base comes back, from disk once, when a reference asks for it.
+
+Masters are float32. What the module computes with is their rounding to the serving dtype (held in
+float32), so gradients are those of the weights that a sampler serves; an adapter is its own master.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from homefire.model.loading import LoadedModel, load_model
+from homefire.model.lora import LoraAdapter, applied, head_update, peft_config
+from homefire.model.packed import packed_hidden, target_logprobs
+from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
+from homefire.trainer.engine.adamw import AdamW, clip_scale, gradient_norm
+from homefire.trainer.engine.network import Float32, GradientOf, PackedTargets, WeightFiles
+from homefire.wire.engine import AdamParams
+from homefire.wire.errors import InvalidArgument
+from homefire.wire.tensors import RawTensor, Tensors
+
+
+class Residence:
+    """Whose weights the module holds: the base model's, or one full slot's."""
+
+    def __init__(self, model: LoadedModel, model_dir: Path, serving_dtype: str) -> None:
+        self.model = model
+        self._model_dir = model_dir
+        self._serving_dtype = serving_dtype
+        self._owner: FullWeights | _Nobody | None = None
+        self._base: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def use_base(self) -> None:
+        if self._owner is None:
+            return
+        base = self._base_tensors()
+        for name, parameter in self.model.module.named_parameters():
+            parameter.copy_(base[name])
+        self._owner = None
+
+    def use(self, weights: FullWeights) -> None:
+        """Rounding masters again gives the same bits as at the last step."""
+        if self._owner is not weights:
+            weights.round_into_module()
+            self._owner = weights
+
+    def forget(self, weights: object) -> None:
+        """The slot is closed: what it left in the module is nobody's."""
+        if self._owner is weights:
+            self._owner = _Nobody()
+
+    def _base_tensors(self) -> dict[str, Tensor]:
+        if self._base is None:
+            again = load_model(self._model_dir, serving_dtype=self._serving_dtype)
+            self._base = serving_tensors(again)
+        return self._base
+
+
+class _Nobody:
+    """Owns a module whose slot was closed."""
+
+
+class ReferenceWeights:
+    """Implements `FrozenWeights`: the base model."""
+
+    def __init__(self, residence: Residence) -> None:
+        self._residence = residence
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedTargets) -> Float32:
+        self._residence.use_base()
+        return _numpy(_target_logprobs(self._residence.model, None, batch))
+
+    def serving(self) -> dict[str, RawTensor]:
+        self._residence.use_base()
+        return _raw(serving_tensors(self._residence.model))
+
+
+class TrainedWeights(ABC):
+    """Implements `TrainableWeights` over masters; subclasses say how masters reach the forward pass."""
+
+    def __init__(self, masters: dict[str, Tensor], leaves: dict[str, Tensor]) -> None:
+        self._masters = masters
+        self._leaves = leaves
+        """What autograd differentiates, under the masters' names; `.grad` is the gradient aside."""
+        self._adam = AdamW(masters)
+        self._gradient: dict[str, Tensor] = {}
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(master.numel() for master in self._masters.values())
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedTargets) -> Float32:
+        self._settle()
+        return _numpy(self._forward(batch))
+
+    def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
+        self._settle()
+        logprobs = self._forward(batch)
+        values = _numpy(logprobs)
+        gradient = gradient_of(values)
+        if gradient.any():
+            logprobs.backward(torch.from_numpy(gradient).to(logprobs.device))
+        return values
+
+    @torch.no_grad()
+    def keep_gradient(self) -> None:
+        for name, leaf in self._leaves.items():
+            if leaf.grad is None:
+                continue
+            if name in self._gradient:
+                self._gradient[name].add_(leaf.grad)
+            else:
+                self._gradient[name] = leaf.grad
+            leaf.grad = None
+
+    def drop_gradient(self) -> None:
+        for leaf in self._leaves.values():
+            leaf.grad = None
+
+    def clear_gradient(self) -> None:
+        self._gradient = {}
+
+    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
+        norm = gradient_norm(self._gradient, divisor)
+        scale = clip_scale(norm, adam, divisor)
+        self._settle()
+        update_norm = self._adam.step(self._masters, self._gradient, adam, scale=scale)
+        return {"grad_norm": norm, "update_norm": update_norm, **self._publish()}
+
+    def files(self) -> WeightFiles:
+        adam = self._adam
+        moments = {f"first:{name}": tensor for name, tensor in adam.first.items()}
+        moments |= {f"second:{name}": tensor for name, tensor in adam.second.items()}
+        moments["updates"] = torch.tensor([adam.updates], dtype=torch.int64)
+        return WeightFiles(_raw(self._masters), _raw(moments), _raw(self._gradient))
+
+    def check_fits(self, masters: Tensors) -> None:
+        wanted = {
+            name: (DTYPE_NAMES[master.dtype], tuple(master.shape))
+            for name, master in self._masters.items()
+        }
+        check_layout(wanted, masters)
+
+    @torch.no_grad()
+    def restore(self, masters: Tensors, optimizer: Tensors | None, gradient: Tensors) -> None:
+        self._settle()
+        adam = AdamW(self._masters)
+        if optimizer is not None:
+            adam.updates = int(from_raw(optimizer["updates"])[0])
+            for name in self._masters:
+                adam.first[name].copy_(from_raw(optimizer[f"first:{name}"]))
+                adam.second[name].copy_(from_raw(optimizer[f"second:{name}"]))
+        for name, master in self._masters.items():
+            master.copy_(from_raw(masters[name]))
+        self._adam = adam
+        self._gradient = {
+            name: from_raw(tensor).to(self._masters[name].device, copy=True)
+            for name, tensor in gradient.items()
+        }
+        self._publish()
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Makes the module hold what this slot computes with."""
+
+    @abstractmethod
+    def _forward(self, batch: PackedTargets) -> Tensor:
+        """Logprobs [T, K], differentiable in the leaves."""
+
+    @abstractmethod
+    def _publish(self) -> dict[str, float]:
+        """Brings changed masters to where the forward pass reads them; metrics of that."""
+
+    @abstractmethod
+    def serving(self) -> dict[str, RawTensor]: ...
+
+    @abstractmethod
+    def adapter_config(self) -> dict[str, Any] | None: ...
+
+
+class FullWeights(TrainedWeights):
+    """All parameters of the module, trained in place."""
+
+    def __init__(self, residence: Residence) -> None:
+        residence.use_base()
+        self._residence = residence
+        self._model = residence.model
+        leaves: dict[str, Tensor] = dict(self._model.module.named_parameters())
+        super().__init__({name: leaf.detach().clone() for name, leaf in leaves.items()}, leaves)
+
+    @torch.no_grad()
+    def round_into_module(self) -> int:
+        """The module's parameters become the masters' serving values; returns how many moved."""
+        changed = 0
+        for name, leaf in self._leaves.items():
+            rounded = self._masters[name].to(self._model.serving_dtype).to(leaf.dtype)
+            changed += int(torch.count_nonzero(rounded != leaf))
+            leaf.copy_(rounded)
+        return changed
+
+    def serving(self) -> dict[str, RawTensor]:
+        self._settle()
+        return _raw(serving_tensors(self._model))
+
+    def adapter_config(self) -> None:
+        return None
+
+    def _settle(self) -> None:
+        self._residence.use(self)
+        self._model.module.requires_grad_(True)
+
+    def _forward(self, batch: PackedTargets) -> Tensor:
+        return _target_logprobs(self._model, None, batch)
+
+    def _publish(self) -> dict[str, float]:
+        return {"changed_fraction": self.round_into_module() / self.num_trainable}
+
+
+class LoraWeights(TrainedWeights):
+    """An adapter on the frozen base."""
+
+    def __init__(self, residence: Residence, adapter: LoraAdapter, base_model: str) -> None:
+        self._residence = residence
+        self._adapter = adapter
+        self._base_model = base_model
+        parameters = adapter.parameters()
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        super().__init__(parameters, parameters)
+
+    def serving(self) -> dict[str, RawTensor]:
+        return _raw({name: master.detach().clone() for name, master in self._masters.items()})
+
+    def adapter_config(self) -> dict[str, Any]:
+        return peft_config(self._adapter, base_model=self._base_model)
+
+    def _settle(self) -> None:
+        self._residence.use_base()
+        self._residence.model.module.requires_grad_(False)
+
+    def _forward(self, batch: PackedTargets) -> Tensor:
+        return _target_logprobs(self._residence.model, self._adapter, batch)
+
+    def _publish(self) -> dict[str, float]:
+        return {}
+
+
+def check_layout(wanted: dict[str, tuple[str, tuple[int, ...]]], given: Tensors) -> None:
+    """InvalidArgument unless both have the same names, dtypes and shapes."""
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InvalidArgument(
+                f"the state does not fit: tensor {name!r} is {found.get(name, 'absent')},"
+                f" this model has {wanted.get(name, 'none of that name')}",
+                hint="it belongs to another base model, or to an adapter of other modules",
+                field="path",
+            )
+
+
+def _target_logprobs(
+    model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTargets
+) -> Tensor:
+    tokens = torch.from_numpy(batch.tokens).to(model.device)
+    targets = torch.from_numpy(batch.targets).to(model.device)
+    if adapter is None:
+        hidden = packed_hidden(model, tokens, batch.lengths)
+        return target_logprobs(hidden, model.head_weight, targets)
+    with applied(model, adapter):
+        hidden = packed_hidden(model, tokens, batch.lengths)
+    low_rank = head_update(model, adapter, hidden)
+    return target_logprobs(hidden, model.head_weight, targets, low_rank=low_rank)
+
+
+def _raw(tensors: dict[str, Tensor]) -> dict[str, RawTensor]:
+    return {name: raw(tensor) for name, tensor in tensors.items()}
+
+
+def _numpy(tensor: Tensor) -> Float32:
+    return tensor.detach().cpu().numpy()

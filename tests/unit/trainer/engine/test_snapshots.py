@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from homefire.checkpoints import DirectoryStore, materialize
+from homefire.trainer.engine import snapshots
+from homefire.wire.engine import AdoptSnapshot, SaveSampler, SlotKind
+from homefire.wire.errors import (
+    DuplicateCheckpoint,
+    FailedPrecondition,
+    InvalidArgument,
+    ReplayDivergence,
+    SizeCapExceeded,
+    UnknownSnapshot,
+    Unsupported,
+)
+
+
+def test_a_delta_without_a_base_writes_a_base_and_says_so(make_trainer):
+    saved = make_trainer().open().save("one", "delta")
+    assert saved.kind == "base"
+    assert saved.parent is None
+    assert "base was written" in saved.note
+
+
+def test_a_delta_names_the_last_committed_snapshot_and_is_small(make_trainer):
+    trainer = make_trainer().open().train(0)
+    base = trainer.save("one", "base")
+    delta = trainer.train(1).save("two")
+    assert (delta.kind, delta.parent, delta.step) == ("delta", "one", 2)
+    assert 0 < delta.num_changed < delta.num_elements
+    assert delta.size_bytes < base.size_bytes / 2
+
+
+def test_base_and_deltas_make_the_weights_bit_for_bit(make_trainer, tmp_path):
+    trainer = make_trainer().open()
+    for step in range(4):
+        saved = trainer.train(step).save(f"s{step}")
+    found = materialize(DirectoryStore(tmp_path / "store"), "local", "job-1", "policy", "s3")
+    assert found.chain == ["s0", "s1", "s2", "s3"]
+    assert found.manifest.digest == saved.digest == trainer.digest()
+
+
+def test_the_same_weights_under_the_same_name_are_saved_once(make_trainer):
+    trainer = make_trainer().open().train(0)
+    first = trainer.save("one")
+    again = trainer.save("one")
+    assert (again.digest, again.size_bytes) == (first.digest, first.size_bytes)
+    assert trainer.train(1).save("two").parent == "one"
+
+
+def test_other_weights_under_a_used_name_are_refused(make_trainer):
+    trainer = make_trainer().open().train(0)
+    trainer.save("one")
+    trainer.train(1)
+    with pytest.raises(DuplicateCheckpoint, match="'one' exists"):
+        trainer.save("one")
+
+
+@pytest.mark.parametrize("gone", ["one", "two", "three"])
+def test_a_broken_chain_heals_with_a_base(make_trainer, tmp_path, gone):
+    trainer = make_trainer().open()
+    for step, name in enumerate(("one", "two", "three")):
+        trainer.train(step).save(name)
+    shutil.rmtree(tmp_path / "store/local/job-1/policy/sampler" / gone)
+    saved = trainer.train(3).save("four")
+    assert saved.kind == "base"
+    assert f"'{gone}'" in saved.note
+
+
+def test_a_chain_that_grew_too_long_starts_again_with_a_base(make_trainer, monkeypatch):
+    monkeypatch.setattr(snapshots, "MAX_CHAIN", 2)
+    trainer = make_trainer().open()
+    kinds = [trainer.train(step).save(f"s{step}").kind for step in range(5)]
+    assert kinds == ["base", "delta", "base", "delta", "base"]
+
+
+def test_adopting_a_committed_snapshot_makes_it_the_parent(make_trainer):
+    first = make_trainer().open().train(0)
+    first.save("one")
+    replayed = make_trainer().open().train(0)
+    adopted = replayed.engine.adopt_snapshot(AdoptSnapshot("policy", "one"))
+    assert adopted.digest == first.digest()
+    assert replayed.train(1).save("two").parent == "one"
+
+
+def test_adopting_what_other_weights_wrote_is_a_divergence(make_trainer):
+    make_trainer().open().train(0).save("one")
+    other = make_trainer().open().train(1)
+    with pytest.raises(ReplayDivergence, match="'one'"):
+        other.engine.adopt_snapshot(AdoptSnapshot("policy", "one"))
+    with pytest.raises(UnknownSnapshot):
+        other.engine.adopt_snapshot(AdoptSnapshot("policy", "never"))
+
+
+def test_an_adapter_is_written_whole_every_time(make_trainer, tmp_path):
+    trainer = make_trainer().open(SlotKind.LORA).train(0)
+    assert trainer.save("one", "base").kind == "lora"
+    saved = trainer.train(1).save("two", "delta")
+    assert (saved.kind, saved.parent) == ("lora", None)
+    directory = tmp_path / "store/local/job-1/policy/sampler/two"
+    assert (directory / "adapter_config.json").is_file()
+    assert (directory / "adapter_model.safetensors").is_file()
+
+
+def test_unknown_types_names_and_slots_without_weights_are_refused(make_trainer):
+    trainer = make_trainer().open(SlotKind.REFERENCE)
+    with pytest.raises(FailedPrecondition, match="frozen reference"):
+        trainer.save("one")
+    with pytest.raises(InvalidArgument, match="checkpoint_type"):
+        trainer.save("one", "half")
+    with pytest.raises(Unsupported, match="merged_base"):
+        trainer.save("one", "merged_base")
+    full = make_trainer().open()
+    with pytest.raises(InvalidArgument, match="path"):
+        full.save("../one")
+
+
+def test_a_snapshot_above_the_cap_is_refused_and_training_goes_on(make_trainer, monkeypatch):
+    trainer = make_trainer().open()
+    network, bucket, limit = trainer.engine._opened
+    capped = type(bucket)(**{**bucket.__dict__, "cap_bytes": 1000})
+    trainer.engine._opened = network, capped, limit
+    with pytest.raises(SizeCapExceeded, match="1000"):
+        trainer.save("one", "base")
+    assert trainer.train(0).step().step == 2
+
+
+def test_lifetime_and_metadata_reach_the_manifest(make_trainer, tmp_path):
+    trainer = make_trainer().open()
+    trainer.engine.save_sampler(
+        SaveSampler(
+            slot="policy",
+            identity="one",
+            checkpoint_type="base",
+            metadata={"run": "a"},
+            ttl_seconds=60,
+        )
+    )
+    store = DirectoryStore(tmp_path / "store")
+    manifest = materialize(store, "local", "job-1", "policy", "one").manifest
+    assert manifest.metadata == {"run": "a"}
+    assert manifest.expires_at == manifest.created_at + 60

@@ -1,0 +1,1 @@
+"""Generating tokens: the engine protocol, continuous batching, and the networks under it."""

@@ -1,0 +1,160 @@
+"""The embedded engine: a `Scheduler` in one thread of its own, fed by a queue of commands."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+
+from homefire.foundation.clock import Clock, SystemClock
+from homefire.inference.engine.network import Network
+from homefire.inference.engine.protocol import (
+    Deliveries,
+    Listener,
+    Load,
+    Publish,
+    SequenceRequest,
+    ServedWeights,
+    Swapped,
+    Ticket,
+    WeightSet,
+)
+from homefire.inference.engine.scheduler import Scheduler, SchedulerLimits
+from homefire.inference.engine.sequence import Generation
+from homefire.wire.errors import EngineFailed, HomefireError, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+_Command = Callable[[], None]
+
+
+class ContinuousEngine:
+    """An `InferenceEngine` over a network of this process, which belongs to the engine's thread."""
+
+    def __init__(
+        self,
+        network: Network,
+        weights: WeightSet,
+        *,
+        publish: Publish,
+        limits: SchedulerLimits | None = None,
+        max_queued: int = 4096,
+        clock: Clock | None = None,
+    ) -> None:
+        """`weights` is what the network holds now."""
+        self._network = network
+        self._publish = publish
+        self._max_queued = max_queued
+        self._clock = clock or SystemClock()
+        self._scheduler = Scheduler(
+            network, weights, limits=limits or SchedulerLimits(), clock=self._clock
+        )
+        self._commands: SimpleQueue[_Command] = SimpleQueue()
+        self._sending = threading.Lock()
+        self._ended: HomefireError | None = None
+        self._thread = threading.Thread(target=self._run, name="homefire-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._network.vocab_size
+
+    @property
+    def max_context_length(self) -> int:
+        return self._network.max_context_length
+
+    def submit(self, sequences: Sequence[SequenceRequest], listener: Listener) -> Ticket:
+        num_queued = self.load().queued
+        if num_queued >= self._max_queued:
+            raise Overloaded(
+                f"{num_queued} requests are waiting, the limit is {self._max_queued}",
+                hint="retry later, with fewer requests at once",
+            )
+        generation = Generation(listener, self._clock.monotonic())
+        self._send(lambda: self._scheduler.submit(generation, sequences))
+        return generation
+
+    def cancel(self, ticket: Ticket) -> None:
+        if isinstance(ticket, Generation) and self._ended is None:
+            self._send(lambda: self._scheduler.cancel(ticket))
+
+    def swap_weights(self, weights: WeightSet, *, drain_timeout_s: float) -> Future[Swapped]:
+        done: Future[Swapped] = Future()
+        self._send(
+            lambda: self._scheduler.begin_swap(weights, drain_timeout_s=drain_timeout_s, done=done)
+        )
+        return done
+
+    def base_weights(self) -> WeightSet:
+        return self._network.base_weights()
+
+    def serving(self) -> ServedWeights:
+        return self._scheduler.serving.served
+
+    def serving_set(self) -> WeightSet:
+        return self._scheduler.serving
+
+    def load(self) -> Load:
+        queued = self._scheduler.num_queued + self._commands.qsize()
+        return Load(self._scheduler.num_running, queued)
+
+    @property
+    def failure(self) -> str:
+        return "" if self._ended is None else str(self._ended)
+
+    def close(self) -> None:
+        if self._ended is None:
+            self._send(lambda: self._end(Unavailable("the replica is stopping")))
+        self._thread.join()
+
+    def _send(self, command: _Command) -> None:
+        with self._sending:
+            if self._ended is not None:
+                raise self._ended
+            self._commands.put(command)
+
+    # the engine's thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._ended is None:
+            first = self._commands.get() if self._scheduler.is_idle else None
+            self._tell(self._turn(first))
+        self._obey()
+        self._tell(self._scheduler.fail_all(self._ended))
+
+    def _turn(self, first: _Command | None) -> Deliveries:
+        """Obeys all commands that are there, then takes one step."""
+        try:
+            if first is not None:
+                first()
+            self._obey()
+            return self._scheduler.step() if self._ended is None else ()
+        except Exception as error:  # the worker loop: it reports and goes on
+            log.error("a step of the engine failed", exc_info=error)
+            return self._recover(error)
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except Empty:
+                return
+            command()
+
+    def _recover(self, error: Exception) -> Deliveries:
+        failure = EngineFailed(f"the engine failed on this batch: {type(error).__name__}: {error}")
+        try:
+            return self._scheduler.recover(failure)
+        except Exception as fatal:  # the weights are lost: nothing may be served
+            log.critical("the engine cannot go on", exc_info=fatal)
+            self._end(EngineFailed(f"the engine is broken: {fatal}", hint="restart the replica"))
+            return ()
+
+    def _end(self, reason: HomefireError) -> None:
+        with self._sending:
+            self._ended = reason
+
+    def _tell(self, deliveries: Deliveries) -> None:
+        if deliveries:
+            self._publish(deliveries)

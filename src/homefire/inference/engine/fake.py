@@ -1,0 +1,169 @@
+"""A `Network` without torch, for tests of everything around it: the bigram model of `homefire.model.bigram`.
+
+It serves what the trainer's fake engine saves, bases, deltas and adapters, and starts at once. Its
+sampling works row by row in float64, short enough to trust by eye: the torch sampler is tested
+against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from homefire.checkpoints import read_model_directory
+from homefire.inference.engine.network import PrefillResult, PrefillRow, PromptScore
+from homefire.inference.engine.protocol import Alternatives, Sampling, ServedWeights, WeightSet
+from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
+from homefire.model import bigram
+from homefire.wire.errors import InvalidArgument
+from homefire.wire.manifest import CheckpointKind, whole_digest
+from homefire.wire.tensors import RawTensor, digest_tensors
+
+Doubles = npt.NDArray[np.float64]
+LORA_A = f"base_model.model.{bigram.LAYER}.lora_A.weight"
+"""float32 [r, V]"""
+LORA_B = f"base_model.model.{bigram.LAYER}.lora_B.weight"
+"""float32 [V, r]; logits = base[token] + alpha / rank * B @ A[:, token]"""
+
+
+class BigramNetwork:
+    """The state of a sequence is its last token, so there is no cache to keep."""
+
+    def __init__(self, directory: Path, *, max_context_length: int) -> None:
+        self._base = _base_of(directory)
+        self._max_context_length = max_context_length
+        self._weight = self._base
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._base)
+
+    @property
+    def max_context_length(self) -> int:
+        return self._max_context_length
+
+    def prefill(
+        self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
+    ) -> PrefillResult:
+        last = sorted((slot, row.tokens[-1]) for row in rows for slot in row.slots)
+        draws = self._draw([token for _, token in last], plan, uniforms)
+        return PrefillResult(draws, [self._score(row) for row in rows])
+
+    def decode(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
+        return self._draw(tokens, plan, uniforms)
+
+    def move(self, *, source: int, destination: int) -> None:
+        """Nothing is kept per slot."""
+
+    def install(self, weights: WeightSet) -> str:
+        if weights.kind is CheckpointKind.LORA:
+            return self._install_adapter(weights)
+        self._weight = self._checked(weights.tensors)
+        return _digest({bigram.TENSOR: bigram.to_raw(self._weight)})
+
+    def base_weights(self) -> WeightSet:
+        tensors = {bigram.TENSOR: bigram.to_raw(self._base)}
+        return WeightSet(ServedWeights(None, _digest(tensors)), CheckpointKind.BASE, tensors)
+
+    def _install_adapter(self, weights: WeightSet) -> str:
+        if weights.lora is None or weights.tensors.keys() != {LORA_A, LORA_B}:
+            raise InvalidArgument(f"{weights.served.name!r} is not an adapter of the bigram model")
+        a, b = (bigram.from_raw(weights.tensors[name]) for name in (LORA_A, LORA_B))
+        if a.shape != (weights.lora.rank, len(self._base)) or b.shape != a.shape[::-1]:
+            raise InvalidArgument(f"the adapter's factors are {list(a.shape)} and {list(b.shape)}")
+        scaling = np.float32(weights.lora.alpha / weights.lora.rank)
+        self._weight = self._base + (a.T * scaling) @ b.T
+        return _digest({LORA_A: _raw(a), LORA_B: _raw(b)})
+
+    def _checked(self, tensors: Mapping[str, RawTensor]) -> bigram.Float32:
+        tensor = tensors.get(bigram.TENSOR)
+        if tensor is None or len(tensors) != 1:
+            raise InvalidArgument(f"the weights hold {sorted(tensors)[:3]}, not {bigram.TENSOR!r}")
+        if tuple(tensor.shape) != self._base.shape:
+            raise InvalidArgument(
+                f"{bigram.TENSOR!r} is {list(tensor.shape)}, the model's {list(self._base.shape)}",
+                hint="it belongs to another base model",
+            )
+        return bigram.from_raw(tensor)
+
+    def _draw(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
+        draws = Draws([], [], [], [])
+        for token, sampling, uniform in zip(tokens, plan.samplings, uniforms, strict=True):
+            logits_V = self._weight[token].astype(np.float64)
+            logprobs_V, sampling_V = log_softmax(logits_V), sampling_logprobs(logits_V, sampling)
+            drawn = inverse_cdf(sampling_V, float(uniform))
+            draws.tokens.append(drawn)
+            draws.logprobs.append(float(logprobs_V[drawn]))
+            draws.sampling_logprobs.append(float(sampling_V[drawn]))
+            if plan.num_alternatives:
+                draws.alternatives.append(likeliest(logprobs_V, plan.num_alternatives))
+        return draws
+
+    def _score(self, row: PrefillRow) -> PromptScore:
+        score = PromptScore([], [])
+        if row.score_from is None:
+            return score
+        for position in range(row.score_from, len(row.tokens)):
+            if position == 0:
+                score.logprobs.append(0.0)
+                score.alternatives.append([])
+                continue
+            logprobs_V = log_softmax(self._weight[row.tokens[position - 1]].astype(np.float64))
+            score.logprobs.append(float(logprobs_V[row.tokens[position]]))
+            score.alternatives.append(likeliest(logprobs_V, row.num_alternatives))
+        return score
+
+
+def log_softmax(logits_V: Doubles) -> Doubles:
+    shifted = logits_V - logits_V.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def sampling_logprobs(logits_V: Doubles, sampling: Sampling) -> Doubles:
+    """The log-probabilities that are drawn from; -inf for what truncation cut off."""
+    if sampling.temperature == 0:
+        return np.where(np.arange(len(logits_V)) == logits_V.argmax(), 0.0, -np.inf)
+    logprobs_V = log_softmax(logits_V / sampling.temperature)
+    order = np.argsort(-logprobs_V, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    probabilities = np.exp(logprobs_V[order])
+    probabilities /= probabilities.sum()
+    before = np.cumsum(probabilities) - probabilities
+    keep = (before < sampling.top_p) | (sampling.top_p >= 1)
+    keep &= probabilities >= sampling.min_p * probabilities[0]
+    keep[0] = True
+    kept_V = np.full_like(logprobs_V, -np.inf)
+    kept_V[order[keep]] = logprobs_V[order[keep]]
+    return log_softmax(kept_V)
+
+
+def inverse_cdf(logprobs_V: Doubles, uniform: float) -> int:
+    cumulative = np.cumsum(np.exp(logprobs_V))
+    threshold = min(uniform * cumulative[-1], np.nextafter(cumulative[-1], 0))
+    return int(np.searchsorted(cumulative, threshold, side="right"))
+
+
+def likeliest(logprobs_V: Doubles, count: int) -> Alternatives:
+    order = np.argsort(-logprobs_V, kind="stable")[:count]
+    return [(int(token), float(logprobs_V[token])) for token in order]
+
+
+def _base_of(directory: Path) -> bigram.Float32:
+    """The directory's own table when it is a fake's snapshot, else the one every fake starts from."""
+    if any(directory.glob("model*.safetensors")):
+        tensors = read_model_directory(directory)
+        if bigram.TENSOR in tensors:
+            return bigram.bfloat16(bigram.from_raw(tensors[bigram.TENSOR]))
+    return bigram.base_weight(bigram.vocab_size_of(directory))
+
+
+def _digest(tensors: Mapping[str, RawTensor]) -> str:
+    return whole_digest(digest_tensors(tensors))
+
+
+def _raw(array: bigram.Float32) -> RawTensor:
+    return RawTensor("F32", array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -1,0 +1,222 @@
+"""The seam between a replica and whatever generates tokens: `InferenceEngine`.
+
+An engine takes token ids and gives token ids; text, templates and HTTP stay in the replica. It runs in
+threads or processes of its own: every method may be called from any thread and returns at once unless
+it says that it blocks. What happens to a generation is told to its listener in `Update`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from homefire.wire.completions import FinishReason
+from homefire.wire.errors import HomefireError
+from homefire.wire.ids import BASE_IDENTITY, Identity
+from homefire.wire.manifest import CheckpointKind, LoraManifest
+from homefire.wire.tensors import RawTensor
+
+Alternatives = list[tuple[int, float]]
+"""(token id, raw logprob) of one position's likeliest tokens, likeliest first."""
+
+
+class StopCondition(Protocol):
+    """Decides, token by token, where one sequence ends. Owned by the engine once submitted."""
+
+    def push(self, token: int) -> bool:
+        """True when the sequence ends with this token. Called once per token, in the engine's
+        thread; must be quick."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The distribution that tokens are drawn from.
+
+    Applied in this order: temperature, top_k, top_p (over what top_k left), min_p.
+    """
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Keeps the fewest likeliest tokens whose probabilities reach this sum."""
+    top_k: int = 0
+    """Keeps that many tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keeps tokens at least this fraction as likely as the likeliest."""
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One sequence to continue.
+
+    The same `seed`, prompt, parameters and weights draw with the same random numbers in any batch. The
+    tokens are then the same too, unless a number falls within float noise (about 1e-6) of the border
+    between two tokens: a row's logits depend on the batch it is computed in, in their last bits.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    """0 generates nothing: for scoring the prompt."""
+    sampling: Sampling = Sampling()
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    stop: StopCondition | None = None
+    num_alternatives: int = 0
+    score_from: int | None = None
+    """Position of the prompt from which on logprobs of its own tokens are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWeights:
+    """What the engine computes with at one moment."""
+
+    identity: Identity | None
+    """None is the base model."""
+    digest: str
+
+    @property
+    def name(self) -> Identity:
+        return self.identity if self.identity is not None else BASE_IDENTITY
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights that an engine can serve: the base model, a full snapshot, or an adapter on the base."""
+
+    served: ServedWeights
+    kind: CheckpointKind
+    tensors: Mapping[str, RawTensor] = field(repr=False)
+    lora: LoraManifest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first update, once per generation: its weights are fixed from admission to its end. It
+    comes together with the first tokens."""
+
+    weights: ServedWeights
+    prefill_queue_s: float
+    """From arrival to the start of prefill, without the time below."""
+    weight_swap_wait_s: float
+    """Of that time, what the sequence waited because weights were being swapped."""
+    num_running: int
+    """Sequences running together, this generation's first ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt of sequence `index` is in the cache."""
+
+    index: int
+    at: float
+    """Clock.monotonic() when its first token was there."""
+    num_cached_tokens: int
+    logprobs: list[float]
+    """Of prompt tokens `score_from`, …; the first token of a prompt has none and counts 0."""
+    alternatives: list[Alternatives]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """New tokens of sequence `index`; its last update when `finish` is set."""
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    """Raw: of the model's own distribution."""
+    sampling_logprobs: list[float]
+    """Of the distribution that was sampled."""
+    alternatives: list[Alternatives]
+    """One per token when they were asked for, else empty."""
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The generation ended without a result; its last update."""
+
+    error: HomefireError
+
+
+Update = Started | Prefilled | Sampled | Failed
+
+
+class Listener(Protocol):
+    def receive(self, update: Update) -> None: ...
+
+
+Deliveries = Sequence[tuple[Listener, Update]]
+Publish = Callable[[Deliveries], None]
+"""Called in an engine's thread, at most once per step, with all that happened in it."""
+
+
+class Ticket:
+    """A submitted generation, for `cancel`. What else it is belongs to the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    running: int
+    """Sequences."""
+    queued: int
+    """Generations of which no sequence runs yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    drain_ms: float
+    apply_ms: float
+
+
+class InferenceEngine(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_context_length(self) -> int: ...
+
+    def submit(self, sequences: Sequence[SequenceRequest], listener: Listener) -> Ticket:
+        """One generation of one or more sequences, all under the same weights.
+
+        Raises Overloaded when too many wait, Unavailable when the engine is closed or broken.
+        """
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Frees the generation's slots within a step; no update follows. One that has ended is fine."""
+        ...
+
+    def swap_weights(self, weights: WeightSet, *, drain_timeout_s: float) -> Future[Swapped]:
+        """Drains, swaps between two steps and verifies the digest of what is then in memory.
+
+        Generations that run finish on the old weights; the others wait for the new ones. The future
+        raises HotLoadFailed when the drain takes too long, DigestMismatch or InvalidArgument when the
+        weights are not what they should be: then the old ones serve on, untouched or restored.
+        """
+        ...
+
+    def base_weights(self) -> WeightSet:
+        """The base model's weights, to go back to them. Blocks on disk."""
+        ...
+
+    def serving(self) -> ServedWeights: ...
+
+    def serving_set(self) -> WeightSet: ...
+
+    def load(self) -> Load: ...
+
+    @property
+    def failure(self) -> str:
+        """Why nothing is served any more, e.g. weights lost in a swap; empty while all is well."""
+        ...
+
+    def close(self) -> None:
+        """Fails what is left and stops. Blocks for the current step."""
+        ...

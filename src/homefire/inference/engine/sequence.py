@@ -1,0 +1,95 @@
+"""A generation and its sequences while the engine works on them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from homefire.inference.engine.protocol import (
+    Alternatives,
+    Listener,
+    Prefilled,
+    Sampled,
+    SequenceRequest,
+    ServedWeights,
+    Started,
+    Ticket,
+    Update,
+)
+from homefire.inference.engine.sampling_plan import Draws
+from homefire.wire.completions import FinishReason
+
+
+@dataclass(eq=False)
+class Generation(Ticket):
+    """Sequences submitted together: one set of weights for all of them."""
+
+    listener: Listener
+    arrived_at: float
+    weights: ServedWeights | None = None
+    """Fixed when the first sequence is admitted."""
+    started: Started | None = None
+    """Not told yet."""
+    has_ended: bool = False
+    """Cancelled or failed: what of it still waits is skipped."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One row of the running batch, or waiting to become one."""
+
+    generation: Generation
+    index: int
+    """Within its generation."""
+    request: SequenceRequest
+    random: random.Random
+    """Its own when seeded, else the scheduler's."""
+    num_new: int = 0
+    last_token: int = -1
+    finish: FinishReason | None = None
+    delivered_at: float = 0.0
+    """When its listener was last told something; at first, when it was admitted."""
+    prefilled: Prefilled | None = None
+    """Not told yet."""
+    _tokens: list[int] = field(default_factory=list)
+    _logprobs: list[float] = field(default_factory=list)
+    _sampling_logprobs: list[float] = field(default_factory=list)
+    _alternatives: list[Alternatives] = field(default_factory=list)
+
+    def accept(self, draws: Draws, row: int) -> None:
+        """Takes the token drawn for it in this step, and decides whether it was the last."""
+        token = draws.tokens[row]
+        self.last_token = token
+        self.num_new += 1
+        self._tokens.append(token)
+        self._logprobs.append(draws.logprobs[row])
+        self._sampling_logprobs.append(draws.sampling_logprobs[row])
+        if self.request.num_alternatives:
+            self._alternatives.append(draws.alternatives[row][: self.request.num_alternatives])
+        self.finish = self._decide(token)
+
+    def take(self, now: float) -> list[Update]:
+        """All that its listener has not been told."""
+        generation = self.generation
+        news = [generation.started, self.prefilled, self._take_sampled()]
+        generation.started = self.prefilled = None
+        self.delivered_at = now
+        return [update for update in news if update is not None]
+
+    def _take_sampled(self) -> Sampled:
+        update = Sampled(
+            index=self.index,
+            tokens=self._tokens,
+            logprobs=self._logprobs,
+            sampling_logprobs=self._sampling_logprobs,
+            alternatives=self._alternatives,
+            finish=self.finish,
+        )
+        self._tokens, self._logprobs, self._sampling_logprobs, self._alternatives = [], [], [], []
+        return update
+
+    def _decide(self, token: int) -> FinishReason | None:
+        request = self.request
+        if token in request.stop_token_ids or (request.stop and request.stop.push(token)):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_new >= request.max_new_tokens else None

@@ -1,0 +1,1 @@
+"""The HTTP service around an engine: completions, hot loading, status. No torch."""

@@ -1,0 +1,136 @@
+"""The two completion routes: check, submit, wait for the admission, answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from homefire.http.app import request_id_of
+from homefire.http.bodies import decode_json, read_body
+from homefire.inference.engine.protocol import InferenceEngine, Started
+from homefire.inference.replica.answering import Answer
+from homefire.inference.replica.answers import (
+    AnswerFormat,
+    ChatFormat,
+    CompletionFormat,
+    Envelope,
+)
+from homefire.inference.replica.chat_template import refuse_without_template
+from homefire.inference.replica.event_stream import EventStream
+from homefire.inference.replica.order import Order, order_chat, order_completion
+from homefire.inference.replica.replica import Replica
+from homefire.inference.replica.reply import Reply
+from homefire.wire.completions import (
+    IGNORED_HEADER,
+    ChatCompletionRequest,
+    CompletionRequest,
+    unknown_fields,
+)
+from homefire.wire.errors import Unavailable
+from homefire.wire.internal import WEIGHTS_HEADER
+from homefire.wire.manifest import weights_header
+
+MAX_COMPLETION_BODY_BYTES = 64 << 20
+Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest)
+
+
+class CompletionRoutes:
+    """`POST /inference/v1/completions` and `…/chat/completions` of one replica."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def completions(self, request: Request) -> Response:
+        asked, ignored = await _read(request, CompletionRequest)
+        order = order_completion(asked, self._replica.tokenizer, self._replica.limits)
+        return await self._answer(request, order, asked.model, ignored, CompletionFormat())
+
+    async def chat_completions(self, request: Request) -> Response:
+        asked, ignored = await _read(request, ChatCompletionRequest)
+        template = self._replica.template
+        if template is None:
+            raise refuse_without_template(self._replica.spec.model_dir)
+        text = template.render(asked.messages)
+        order = order_chat(asked, text, self._replica.tokenizer, self._replica.limits)
+        return await self._answer(request, order, asked.model, ignored, ChatFormat())
+
+    async def _answer(
+        self,
+        request: Request,
+        order: Order,
+        model: str,
+        ignored: list[str],
+        answers: AnswerFormat,
+    ) -> Response:
+        replica, arrived_at = self._replica, self._replica.clock.monotonic()
+        replica.check_asked(model, replica.engine.serving())
+        live = LiveGeneration(request, order, replica)
+        try:
+            started = await live.reply.started()
+            replica.check_asked(model, started.weights)
+            answer = Answer(
+                order,
+                started,
+                self._envelope(request, started, answers),
+                answers,
+                tokenizer=replica.tokenizer,
+                arrived_at=arrived_at,
+                clock=replica.clock,
+            )
+            headers = _headers(started, ignored)
+            if order.is_streamed:
+                events = answer.events(live.reply, request_id=request_id_of(request))
+                return EventStream(events, headers=headers, on_close=live.close)
+            body = await answer.whole(live.reply)
+        except BaseException:
+            live.close()
+            raise
+        live.close()
+        return Response(body, media_type="application/json", headers=headers | answer.headers())
+
+    def _envelope(self, request: Request, started: Started, answers: AnswerFormat) -> Envelope:
+        return Envelope(
+            id=answers.id_prefix + request_id_of(request),
+            created=int(self._replica.clock.now()),
+            model=self._replica.model_name(started.weights),
+        )
+
+
+class LiveGeneration:
+    """A submitted generation that ends with its client: a disconnect cancels it."""
+
+    def __init__(self, request: Request, order: Order, replica: Replica) -> None:
+        self.reply = Reply(order.num_choices)
+        self._engine: InferenceEngine = replica.engine
+        sequences = order.sequences(replica.tokenizer, replica.limits)
+        self._ticket = self._engine.submit(sequences, self.reply)
+        self._watch = asyncio.create_task(self._watch_client(request))
+
+    def close(self) -> None:
+        self._watch.cancel()
+        if not self.reply.is_done:
+            self._engine.cancel(self._ticket)
+
+    async def _watch_client(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if not self.reply.is_done:
+            self._engine.cancel(self._ticket)
+            self.reply.abandon(Unavailable("the client went away"))
+
+
+async def _read(request: Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
+    body = await read_body(request, max_bytes=MAX_COMPLETION_BODY_BYTES)
+    asked = await decode_json(body, kind)
+    return asked, unknown_fields(body, kind)
+
+
+def _headers(started: Started, ignored: list[str]) -> dict[str, str]:
+    weights = started.weights
+    headers = {WEIGHTS_HEADER: weights_header(weights.name, weights.digest)}
+    if ignored:
+        headers[IGNORED_HEADER] = ",".join(ignored)
+    return headers

@@ -1,0 +1,192 @@
+"""Hot loading: from an identity to weights that serve, in the background, with the old ones serving on.
+
+    idle ──request──▶ loading (read, apply, verify) ──▶ draining (swap between steps) ──▶ idle
+                         └────────── any failure ──────────┴──▶ error (the old weights serve)
+
+One load runs at a time. Of the requests that come meanwhile the newest is taken up next. Every
+transition is a drain, whatever name it was asked by, and no prompt is cached from one generation to the
+next, so there is none to reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from homefire.checkpoints import CheckpointStore, Held, materialize
+from homefire.foundation.clock import Clock
+from homefire.foundation.events import EventLog
+from homefire.inference.engine.protocol import (
+    InferenceEngine,
+    ServedWeights,
+    Swapped,
+    WeightSet,
+)
+from homefire.wire.errors import HomefireError, InvalidArgument
+from homefire.wire.ids import BASE_IDENTITY, Identity
+from homefire.wire.internal import HotLoadRequest, HotLoadStage, LedgerEntry, SnapshotLocation
+from homefire.wire.manifest import CheckpointKind
+
+log = logging.getLogger(__name__)
+_LEDGER_LENGTH = 200
+
+
+class HotLoader:
+    """Owned by the event loop. `on_change` is called after every change of its public state."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        events: EventLog,
+        clock: Clock,
+        drain_timeout_s: float,
+        on_change: Callable[[], object],
+    ) -> None:
+        self._store = store
+        self._events = events
+        self._clock = clock
+        self._drain_timeout_s = drain_timeout_s
+        self._on_change = on_change
+        self._wanted: HotLoadRequest | None = None
+        self._engine: InferenceEngine | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._served_from: SnapshotLocation | None = None
+        self.stage = HotLoadStage.IDLE
+        self.target: str | None = None
+        self.error = ""
+        self.ledger: list[LedgerEntry] = []
+
+    def request(self, wanted: HotLoadRequest) -> None:
+        """Returns at once. InvalidArgument when it does not say where the snapshot is."""
+        if wanted.identity is not None and wanted.location is None:
+            raise InvalidArgument(
+                f"the hot load of {wanted.identity!r} has no location",
+                hint="name the account, job and slot whose snapshot it is",
+                field="location",
+            )
+        self._wanted = wanted
+        if self._task is None:
+            self._enter(HotLoadStage.LOADING, wanted.identity)
+            self._start()
+
+    def attach(self, engine: InferenceEngine) -> None:
+        """The engine is ready; what was requested before is loaded now."""
+        self._engine = engine
+        self._start()
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def _start(self) -> None:
+        if self._engine is not None and self._wanted is not None:
+            self._task = asyncio.create_task(self._work(self._engine))
+
+    async def _work(self, engine: InferenceEngine) -> None:
+        while self._wanted is not None:
+            wanted, self._wanted = self._wanted, None
+            await self._load_reporting(engine, wanted)
+        self._task = None
+
+    async def _load_reporting(self, engine: InferenceEngine, wanted: HotLoadRequest) -> None:
+        if self._is_serving(engine, wanted):
+            self._enter(HotLoadStage.IDLE, None)
+            return
+        began_at = self._clock.monotonic()
+        self._enter(HotLoadStage.LOADING, wanted.identity)
+        try:
+            weights = await self._read(engine, wanted)
+            load_ms = 1000 * (self._clock.monotonic() - began_at)
+            self._enter(HotLoadStage.DRAINING, wanted.identity)
+            swapped = await self._swap(engine, weights)
+        except Exception as error:  # noqa: BLE001 - a worker loop: the old weights serve on
+            self._report_failure(wanted, error, load_ms=1000 * (self._clock.monotonic() - began_at))
+        else:
+            self._served_from = wanted.location
+            self._report_success(weights.served, load_ms + swapped.apply_ms, swapped.drain_ms)
+
+    async def _read(self, engine: InferenceEngine, wanted: HotLoadRequest) -> WeightSet:
+        if wanted.identity is None or wanted.location is None:
+            return await asyncio.to_thread(engine.base_weights)
+        held = self._held(engine, wanted.location)
+        return await asyncio.to_thread(
+            read_weights, self._store, wanted.location, wanted.identity, held
+        )
+
+    async def _swap(self, engine: InferenceEngine, weights: WeightSet) -> Swapped:
+        done = engine.swap_weights(weights, drain_timeout_s=self._drain_timeout_s)
+        return await asyncio.wrap_future(done)
+
+    def _held(self, engine: InferenceEngine, location: SnapshotLocation) -> Held | None:
+        """What is served, when a delta in that place may build on it."""
+        serving = engine.serving_set()
+        if serving.served.identity is None or serving.kind is CheckpointKind.LORA:
+            return None
+        is_same_place = location == self._served_from
+        return Held(serving.served.identity, serving.tensors) if is_same_place else None
+
+    def _is_serving(self, engine: InferenceEngine, wanted: HotLoadRequest) -> bool:
+        is_same_place = wanted.identity is None or wanted.location == self._served_from
+        return engine.serving().identity == wanted.identity and is_same_place
+
+    def _enter(self, stage: HotLoadStage, target: str | None, error: str = "") -> None:
+        self.stage, self.target, self.error = stage, target, error
+        self._on_change()
+
+    def _report_success(self, served: ServedWeights, load_ms: float, drain_ms: float) -> None:
+        entry = LedgerEntry(
+            identity=served.name,
+            digest=served.digest,
+            at=self._clock.now(),
+            ok=True,
+            load_ms=load_ms,
+            drain_ms=drain_ms,
+        )
+        self._record(entry)
+        log.info("now serving %s, loaded in %.0f ms", served.name, load_ms)
+        self._enter(HotLoadStage.IDLE, None)
+
+    def _report_failure(self, wanted: HotLoadRequest, error: Exception, *, load_ms: float) -> None:
+        known = isinstance(error, HomefireError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        identity = wanted.identity or BASE_IDENTITY
+        log.warning("%s was not loaded: %s", identity, text, exc_info=None if known else error)
+        entry = LedgerEntry(
+            identity=identity,
+            digest="",
+            at=self._clock.now(),
+            ok=False,
+            load_ms=load_ms,
+            error=text,
+        )
+        self._record(entry)
+        self._enter(HotLoadStage.ERROR, wanted.identity, text)
+
+    def _record(self, entry: LedgerEntry) -> None:
+        self.ledger = [*self.ledger[1 - _LEDGER_LENGTH :], entry]
+        self._events.append(
+            "hot_load",
+            identity=entry.identity,
+            digest=entry.digest,
+            ok=entry.ok,
+            load_ms=entry.load_ms,
+            drain_ms=entry.drain_ms,
+            error=entry.error,
+        )
+
+
+def read_weights(
+    store: CheckpointStore, location: SnapshotLocation, identity: str, held: Held | None
+) -> WeightSet:
+    """A snapshot's verified tensors. Blocks."""
+    found = materialize(store, location.account, location.job, location.slot, identity, held=held)
+    is_adapter = found.manifest.kind is CheckpointKind.LORA
+    return WeightSet(
+        ServedWeights(Identity(identity), found.manifest.digest),
+        CheckpointKind.LORA if is_adapter else CheckpointKind.BASE,
+        found.tensors,
+        found.manifest.lora,
+    )

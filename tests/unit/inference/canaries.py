@@ -1,0 +1,79 @@
+"""Canary weights: each makes every greedy token one and the same, so a mixed answer shows at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from homefire.checkpoints import (
+    CheckpointFamily,
+    CheckpointKey,
+    DirectoryStore,
+    Manifest,
+    SnapshotInfo,
+    write_base,
+    write_delta,
+)
+from homefire.inference.engine.protocol import Sampling, ServedWeights, WeightSet
+from homefire.model import bigram
+from homefire.wire.ids import Identity
+from homefire.wire.internal import SnapshotLocation
+from homefire.wire.manifest import CheckpointKind, whole_digest
+from homefire.wire.tensors import RawTensor, digest_tensors
+
+GREEDY = Sampling(temperature=0.0)
+LOCATION = SnapshotLocation("local", "job-1", "policy")
+
+
+def canary_tensors(token: int, vocab_size: int = 320) -> dict[str, RawTensor]:
+    weight = np.zeros((vocab_size, vocab_size), np.float32)
+    weight[:, token] = 50.0
+    return {bigram.TENSOR: bigram.to_raw(weight)}
+
+
+def canary_set(token: int, vocab_size: int = 320) -> WeightSet:
+    tensors = canary_tensors(token, vocab_size)
+    served = ServedWeights(Identity(f"canary-{token}"), whole_digest(digest_tensors(tensors)))
+    return WeightSet(served, CheckpointKind.BASE, tensors)
+
+
+@dataclass
+class Snapshots:
+    """A store of canary snapshots: `step-7` makes every greedy token 7."""
+
+    store: DirectoryStore
+    model_files: Path
+    written: dict[int, Manifest] = field(default_factory=dict)
+
+    def key(self, identity: str) -> CheckpointKey:
+        return CheckpointKey(
+            LOCATION.account, LOCATION.job, LOCATION.slot, CheckpointFamily.SAMPLER, identity
+        )
+
+    def base(self, token: int) -> str:
+        key = self.key(f"step-{token}")
+        tensors = canary_tensors(token)
+        self.written[token] = write_base(
+            self.store, key, tensors, _info(token), model_files=self.model_files
+        )
+        return key.name
+
+    def delta(self, token: int, *, parent: int) -> str:
+        key = self.key(f"step-{token}")
+        self.written[token] = write_delta(
+            self.store,
+            key,
+            canary_tensors(token),
+            _info(token),
+            parent=self.written[parent],
+            parent_tensors=canary_tensors(parent),
+        )
+        return key.name
+
+
+def _info(step: int) -> SnapshotInfo:
+    return SnapshotInfo(
+        step=step, base_model="tiny", created_at=float(step), metadata={}, expires_at=None
+    )

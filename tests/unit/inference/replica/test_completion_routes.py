@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from typing import Any
+
+import pytest
+
+from homefire.inference.engine.opening import open_engine
+from homefire.inference.engine.protocol import InferenceEngine, Publish
+from homefire.wire.specs import ReplicaSpec
+from unit.inference.caller import Caller
+from unit.inference.canaries import Snapshots
+
+GREEDY = {"temperature": 0}
+
+
+def text_of(events: list[Any], index: int = 0) -> str:
+    choices = [choice for event in events for choice in event["choices"]]
+    return "".join(choice["text"] for choice in choices if choice["index"] == index)
+
+
+def entries_of(events: list[Any]) -> list[Any]:
+    return [
+        entry
+        for event in events
+        for choice in event["choices"]
+        if choice["logprobs"]
+        for entry in choice["logprobs"]["content"]
+    ]
+
+
+async def test_a_whole_answer_has_openai_s_shape_and_names_its_weights(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answered = await caller.complete(prompt=[1, 2], max_tokens=5, ignore_eos=True)
+        digest = (await caller.status()).digest
+    answer = answered.json()
+    assert answered.status == 200
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "accounts/local/models/tiny@base"
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 5,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert answered.headers["x-homefire-weights"] == f"base; sha={digest}"
+    assert answer["homefire"] == {"weights": {"identity": "base", "digest": digest}}
+    assert float(answered.headers["fireworks-prefill-queue-duration"]) >= 0
+
+
+async def test_a_stream_is_what_the_sampler_reads(start_replica: Any, snapshots: Snapshots) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(65))
+        answered = await caller.complete(
+            prompt=[1, 2, 3],
+            max_tokens=40,
+            stream=True,
+            logprobs=True,
+            raw_output=True,
+            perf_metrics_in_response=True,
+        )
+    events = answered.events()
+    last = events[-1]
+    assert answered.headers["content-type"].startswith("text/event-stream")
+    assert answered.headers["x-homefire-weights"].startswith("step-65; sha=")
+    assert text_of(events) == "A" * 40
+    assert {event["object"] for event in events} == {"text_completion"}
+    assert {event["model"] for event in events} == {"accounts/local/models/tiny@step-65"}
+    assert [e["choices"][0]["finish_reason"] for e in events] == [None] * (len(events) - 1) + [
+        "length"
+    ]
+    assert last["choices"][0]["raw_output"] == {
+        "completion_token_ids": [65] * 40,
+        "prompt_token_ids": [1, 2, 3],
+        "completion": "A" * 40,
+        "prompt_fragments": [],
+    }
+    assert last["usage"]["completion_tokens"] == 40
+    assert last["homefire"]["weights"]["identity"] == "step-65"
+    assert last["perf_metrics"]["prompt-tokens"] == 3
+    assert last["perf_metrics"].keys() >= {
+        "prefill-queue-duration",
+        "weight-swap-wait",
+        "generation-queue-duration",
+        "num-concurrent-requests",
+        "cached-prompt-tokens",
+        "server-time-to-first-token",
+        "server-processing-time",
+    }
+    assert not any("usage" in event for event in events[:-1])
+    entries = entries_of(events)
+    assert [entry["token_id"] for entry in entries] == [65] * 40
+    assert [entry["text_offset"] for entry in entries] == list(range(40))
+    assert entries[0]["token"] == "A"
+    assert entries[0]["bytes"] == [65]
+    assert entries[0]["logprob"] == pytest.approx(entries[0]["sampling_logprob"])
+
+
+async def test_raw_and_sampling_logprobs_are_told_apart(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(
+                prompt=[1], max_tokens=30, temperature=0.5, top_k=2, logprobs=True, top_logprobs=2
+            )
+        ).json()
+    for entry in answer["choices"][0]["logprobs"]["content"]:
+        raw = [top["logprob"] for top in entry["top_logprobs"]]
+        weights = [math.exp(logprob / 0.5) for logprob in raw]
+        chances = {
+            top["token_id"]: weight / sum(weights)
+            for top, weight in zip(entry["top_logprobs"], weights, strict=True)
+        }
+        assert entry["logprob"] == pytest.approx(raw[list(chances).index(entry["token_id"])])
+        assert math.exp(entry["sampling_logprob"]) == pytest.approx(chances[entry["token_id"]])
+
+
+async def test_an_integer_asks_for_the_older_logprobs(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(prompt=[97], max_tokens=2, echo=True, logprobs=1, **GREEDY)
+        ).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["token_ids"][0] == 97
+    assert logprobs["tokens"][0] == "a"
+    assert logprobs["text_offset"][:2] == [0, 1]
+    assert [tops is None for tops in logprobs["top_logprobs"]] == [True, False, False]
+    assert len(logprobs["tokens"]) == 3
+
+
+async def test_echo_returns_the_prompt_with_its_logprobs(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(
+                prompt=[97, 98, 99],
+                max_tokens=2,
+                echo=True,
+                logprobs=True,
+                raw_output=True,
+                **GREEDY,
+            )
+        ).json()
+    choice = answer["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert choice["text"].startswith("abc")
+    assert choice["raw_output"]["completion_token_ids"][:3] == [97, 98, 99]
+    assert len(entries) == len(choice["raw_output"]["completion_token_ids"]) == 5
+    assert entries[0]["logprob"] == 0.0
+    assert entries[1]["logprob"] < 0
+    assert answer["usage"]["completion_tokens"] == 2
+
+
+async def test_echo_last_returns_only_the_end_of_the_prompt(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(
+                prompt="abc", max_tokens=1, echo_last=2, logprobs=True, raw_output=True, **GREEDY
+            )
+        ).json()
+    choice = answer["choices"][0]
+    assert choice["raw_output"]["completion_token_ids"][:2] == [98, 99]
+    assert choice["raw_output"]["prompt_token_ids"] == [97, 98, 99]
+    assert len(choice["logprobs"]["content"]) == 3
+    assert choice["logprobs"]["content"][0]["logprob"] < 0
+
+
+async def test_a_prompt_is_scored_without_generating(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        fields = {"prompt": "abcd", "echo": True, "logprobs": True, **GREEDY}
+        scored = (await caller.complete(max_tokens=0, **fields)).json()
+        longer = (await caller.complete(max_tokens=3, **fields)).json()
+    entries = scored["choices"][0]["logprobs"]["content"]
+    assert scored["choices"][0]["text"] == "abcd"
+    assert entries == longer["choices"][0]["logprobs"]["content"][:4]
+    assert scored["usage"]["completion_tokens"] == 0
+
+
+async def test_prompts_and_n_give_choices_in_order(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(
+                prompt=["ab", "c"], n=2, max_tokens=3, seed=1, raw_output=True, ignore_eos=True
+            )
+        ).json()
+    prompts = [choice["raw_output"]["prompt_token_ids"] for choice in answer["choices"]]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert prompts == [[97, 98], [97, 98], [99], [99]]
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert answer["usage"]["completion_tokens"] == 12
+    first, second = (
+        choice["raw_output"]["completion_token_ids"] for choice in answer["choices"][:2]
+    )
+    assert first != second
+
+
+async def test_a_stream_of_n_choices_tells_them_apart_by_index(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        fields = {"prompt": [1], "n": 3, "max_tokens": 8, "seed": 4, "raw_output": True}
+        whole = (await caller.complete(**fields)).json()
+        streamed = (await caller.complete(stream=True, **fields)).events()
+    for choice in whole["choices"]:
+        assert text_of(streamed, choice["index"]) == choice["text"]
+    finished = [c["index"] for e in streamed for c in e["choices"] if c["finish_reason"]]
+    assert sorted(finished) == [0, 1, 2]
+    assert ["usage" in event for event in streamed].index(True) == len(streamed) - 1
+
+
+async def test_the_same_seed_answers_the_same(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        fields = {"prompt": [1], "max_tokens": 12, "seed": 9, "return_token_ids": True}
+        first, _, second = await asyncio.gather(
+            caller.complete(**fields),
+            caller.complete(prompt=[5], max_tokens=30, n=8),
+            caller.complete(**fields),
+        )
+    assert first.json()["choices"] == second.json()["choices"]
+    assert len(first.json()["choices"][0]["token_ids"]) == 12
+    assert first.json()["choices"][0]["prompt_token_ids"] == [1]
+
+
+async def test_a_stop_string_across_tokens_is_cut_from_the_text_but_not_from_the_tokens(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(66))
+        fields = {"prompt": [1], "max_tokens": 90, "stop": ["BBB"], "raw_output": True}
+        whole = (await caller.complete(**fields)).json()["choices"][0]
+        events = (await caller.complete(stream=True, logprobs=True, **fields)).events()
+    assert whole["text"] == text_of(events) == ""
+    assert whole["finish_reason"] == "stop"
+    assert whole["raw_output"]["completion_token_ids"] == [66] * 3
+    assert len(entries_of(events)) == 3
+
+
+async def test_a_stop_token_is_among_the_tokens_and_not_in_the_text(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(67))
+        choice = (
+            await caller.complete(prompt=[1], max_tokens=9, stop=[67], raw_output=True)
+        ).json()["choices"][0]
+    assert choice["text"] == ""
+    assert choice["finish_reason"] == "stop"
+    assert choice["raw_output"]["completion_token_ids"] == [67]
+
+
+async def test_the_end_of_text_ends_a_completion(start_replica: Any, snapshots: Snapshots) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(256))
+        stopped = (await caller.complete(prompt=[1], max_tokens=5, return_token_ids=True)).json()
+        ignored = (await caller.complete(prompt=[1], max_tokens=5, ignore_eos=True)).json()
+    assert stopped["choices"][0]["token_ids"] == [256]
+    assert stopped["choices"][0]["text"] == ""
+    assert ignored["usage"]["completion_tokens"] == 5
+
+
+async def test_chat_has_openai_s_shapes(start_replica: Any, snapshots: Snapshots) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(65))
+        fields = {
+            "messages": [{"role": "user", "content": "hi"}],
+            "max_tokens": 4,
+            "logprobs": True,
+            "top_logprobs": 1,
+            "raw_output": True,
+        }
+        whole = (await caller.chat(**fields)).json()
+        events = (await caller.chat(stream=True, **fields)).events()
+    choice = whole["choices"][0]
+    assert whole["object"] == "chat.completion"
+    assert choice["message"] == {"role": "assistant", "content": "AAAA"}
+    assert choice["raw_output"]["prompt_token_ids"] == [104, 105, 257]
+    assert choice["logprobs"]["content"][0]["top_logprobs"][0]["token"] == "A"
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(event["choices"][0]["delta"]["content"] for event in events) == "AAAA"
+    assert events[-1]["homefire"] == whole["homefire"]
+
+
+async def test_unknown_fields_are_ignored_by_name_and_the_request_id_comes_back(
+    start_replica: Any,
+) -> None:
+    async with start_replica() as caller:
+        answered = await caller.post(
+            "/inference/v1/completions",
+            {"prompt": [1], "max_tokens": 1, "zeta": 1, "alpha": 2},
+            headers={"x-request-id": "abc123"},
+        )
+    assert answered.headers["x-homefire-ignored"] == "alpha,zeta"
+    assert answered.headers["x-request-id"] == "abc123"
+    assert answered.json()["id"] == "cmpl-abc123"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({"prompt": []}, 400, "invalid_argument"),
+        ({"prompt": [999]}, 400, "token_out_of_range"),
+        ({"prompt": [1] * 2048}, 400, "sequence_too_long"),
+        ({"prompt": [1], "logit_bias": {"1": 2}}, 400, "unsupported"),
+        ({"prompt": {"a": 1}}, 400, "invalid_argument"),
+        ({}, 400, "invalid_argument"),
+        ({"prompt": [1], "model": "accounts/local/deployments/d@step-9"}, 412, "weights_mismatch"),
+    ],
+)
+async def test_bad_requests_are_told_at_once(
+    start_replica: Any, fields: Any, status: int, code: str
+) -> None:
+    async with start_replica() as caller:
+        answered = await caller.complete(**fields)
+    assert (answered.status, answered.json()["error"]["code"]) == (status, code)
+
+
+async def test_a_request_may_name_the_weights_that_are_served(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    async with start_replica() as caller:
+        base = await caller.complete(prompt=[1], max_tokens=1, model="m@base")
+        await caller.hot_load(snapshots.base(65))
+        loaded = await caller.complete(prompt=[1], max_tokens=1, model="m@step-65")
+        old = await caller.complete(prompt=[1], max_tokens=1, model="m@base")
+    assert (base.status, loaded.status, old.status) == (200, 200, 412)
+    assert "step-65" in old.json()["error"]["message"]
+
+
+async def test_without_the_secret_nothing_is_answered(start_replica: Any) -> None:
+    async with start_replica() as caller:
+        answered = await caller.call("GET", "/internal/status", secret="wrong")
+    assert answered.status == 401
+
+
+async def test_too_many_requests_are_shed_with_retry_after(start_replica: Any) -> None:
+    async with start_replica(max_running=1, max_queued=2, max_context_length=1 << 20) as caller:
+        gone = asyncio.Event()
+        tasks = [
+            asyncio.create_task(
+                caller.post(
+                    "/inference/v1/completions",
+                    {"prompt": [1], "max_tokens": 1 << 19, "stream": True, "ignore_eos": True},
+                    hang_up=lambda received: gone.is_set(),
+                )
+            )
+            for _ in range(3)
+        ]
+        async with asyncio.timeout(20):
+            while (await caller.status()).queued < 2:
+                await asyncio.sleep(0)
+        shed = await caller.complete(prompt=[1])
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await caller.until_idle()
+    assert shed.status == 429
+    assert int(shed.headers["retry-after"]) <= 60
+    assert shed.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_frees_its_slots(start_replica: Any, stream: bool) -> None:
+    async with start_replica(max_context_length=1 << 22) as caller:
+        fields = {
+            "prompt": [1],
+            "max_tokens": 1 << 21,
+            "n": 3,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        if stream:
+            answered = await caller.post(
+                "/inference/v1/completions", fields, hang_up=lambda received: len(received) > 0
+            )
+            assert answered.status == 200
+        else:
+            task = asyncio.create_task(caller.complete(**fields))
+            async with asyncio.timeout(20):
+                while (await caller.status()).running < 3:
+                    await asyncio.sleep(0)
+            task.cancel()
+        await caller.until_idle()
+        status = await caller.status()
+    assert (status.running, status.queued) == (0, 0)
+
+
+async def test_an_engine_that_breaks_in_a_stream_ends_it_with_an_error(
+    start_replica: Any,
+) -> None:
+    has_begun = threading.Event()
+
+    def open_fragile(spec: ReplicaSpec, publish: Publish) -> InferenceEngine:
+        engine: Any = open_engine(spec, publish)
+        real = engine._network.decode
+
+        def decode(*args: Any) -> Any:
+            if has_begun.is_set():
+                has_begun.clear()
+                raise RuntimeError("the accelerator is gone")
+            return real(*args)
+
+        engine._network.decode = decode
+        return engine
+
+    def break_it(received: bytes) -> bool:
+        if b"the accelerator" not in received:
+            has_begun.set()
+        return False
+
+    async with start_replica(engine=open_fragile, max_context_length=1 << 22) as caller:
+        answered = await caller.post(
+            "/inference/v1/completions",
+            {"prompt": [1], "max_tokens": 1 << 21, "stream": True, "ignore_eos": True},
+            hang_up=break_it,
+        )
+        has_begun.clear()
+        again = await caller.complete(prompt=[1], max_tokens=1)
+    last = answered.body.decode().strip().split("\n\n")[-1]
+    assert "the accelerator is gone" in last
+    assert '"status":500' in last
+    assert "[DONE]" not in answered.body.decode()
+    assert again.status == 200
+
+
+async def test_completions_wait_for_nothing_while_the_model_loads(start_replica: Any) -> None:
+    def open_never(spec: ReplicaSpec, publish: Publish) -> InferenceEngine:
+        raise OSError("no such model")
+
+    async with start_replica(engine=open_never, wait=False) as caller:
+        early = await caller.complete(prompt=[1])
+        status = await caller.wait(lambda status: status.error != "")
+        late = await caller.complete(prompt=[1])
+    assert early.status == late.status == 503
+    assert "no such model" in status.error
+    assert "no such model" in late.json()["error"]["message"]
+    assert not status.ready
+
+
+async def test_health_proves_the_process(start_replica: Any) -> None:
+    caller: Caller
+    async with start_replica() as caller:
+        answered = await caller.call("GET", "/internal/health")
+    assert answered.json()["nonce"] == "nonce-1"
+    assert answered.json()["service"] == "replica"

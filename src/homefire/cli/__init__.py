@@ -1,0 +1,1 @@
+"""The command line: the composition root. Modules here import nothing heavy until a command runs."""

@@ -1,0 +1,136 @@
+"""`homefire checkpoint list|get|delete --job J`: what a job saved, and what became of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from homefire.cli.options import Commands, add_home, add_json, home_of
+from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
+
+if TYPE_CHECKING:
+    from homefire.cli.server import Server
+    from homefire.wire.records import Lineage, LineageNode
+    from homefire.wire.resources import CheckpointRow
+
+_COLUMNS = (
+    "checkpoint",
+    "kind",
+    "step",
+    "parent",
+    "size",
+    "digest",
+    "promotable",
+    "hot loads",
+    "evaluations",
+)
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "checkpoint", help="list or get the checkpoints of a trainer job, with their lineage"
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="list|get|delete", required=True)
+    for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
+        leaf = verbs.add_parser(verb, help=f"{verb} checkpoint{'s' if verb == 'list' else ''}")
+        if verb != "list":
+            leaf.add_argument(
+                "name", metavar="NAME", help="a snapshot's identity or a state's name"
+            )
+        leaf.add_argument("--job", metavar="J", required=True, help="id of the trainer job")
+        add_home(leaf)
+        add_json(leaf)
+        leaf.set_defaults(run=run)
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    from homefire.cli.server import Server
+    from homefire.wire.records import Lineage
+    from homefire.wire.resources import CheckpointRow
+
+    with Server(home_of(arguments)) as server:
+        rows = _rows(server, arguments.job)
+        lineage = server.get(f"{_job(server, arguments.job)}/lineage")
+    if arguments.json:
+        print_json({"checkpoints": rows, "lineage": lineage})
+    else:
+        known = msgspec.convert(lineage, Lineage)
+        cells = [_cells(msgspec.convert(row, CheckpointRow), known) for row in rows]
+        print_table(f"checkpoints of {arguments.job}", _COLUMNS, cells)
+    return 0
+
+
+def run_get(arguments: argparse.Namespace) -> int:
+    from homefire.cli.server import Server
+    from homefire.wire.errors import NotFound
+
+    with Server(home_of(arguments)) as server:
+        rows = _rows(server, arguments.job)
+    for row in rows:
+        if arguments.name in {row["name"], last_segment(row["name"])}:
+            print_json(row)
+            return 0
+    names = ", ".join(last_segment(row["name"]) for row in rows) or "none"
+    raise NotFound(
+        f"job {arguments.job} has no checkpoint {arguments.name!r}", hint=f"it has: {names}"
+    )
+
+
+def run_delete(arguments: argparse.Namespace) -> int:
+    from homefire.wire.errors import Unsupported
+
+    raise Unsupported(
+        f"checkpoint {arguments.name!r} cannot be deleted alone: later deltas may rest on it",
+        hint="give snapshots a ttl_seconds when saving them",
+    )
+
+
+def _job(server: Server, job: str) -> str:
+    name = job if job.startswith("accounts/") else f"{server.account()}/rlorTrainerJobs/{job}"
+    return f"/v1/{name}"
+
+
+def _rows(server: Server, job: str) -> list[dict[str, Any]]:
+    return server.list_all(f"{_job(server, job)}/checkpoints", "checkpoints")
+
+
+def _cells(row: CheckpointRow, lineage: Lineage) -> list[str]:
+    name = last_segment(row.name)
+    return [
+        name,
+        row.kind,
+        str(row.step),
+        row.parent or "-",
+        size(row.size_bytes),
+        short_digest(row.digest),
+        "yes" if row.promotable else "no",
+        _joined(_hot_load(node) for node in _reached(lineage, name, "loaded")),
+        _joined(_evaluation(node) for node in _reached(lineage, name, "evaluated")),
+    ]
+
+
+def _reached(lineage: Lineage, identity: str, edge_kind: str) -> list[LineageNode]:
+    """Nodes that an edge of this kind leads to from the snapshot."""
+    source = f"snapshot:{identity}"
+    targets = {
+        edge.target for edge in lineage.edges if edge.source == source and edge.kind == edge_kind
+    }
+    return [node for node in lineage.nodes if node.id in targets]
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Each text once: a deployment that restarted loaded the same snapshot again."""
+    return ", ".join(dict.fromkeys(texts)) or "-"
+
+
+def _hot_load(node: LineageNode) -> str:
+    deployment = str(node.attributes.get("deployment", "?"))
+    return deployment if node.attributes.get("ok", True) else f"{deployment} (failed)"
+
+
+def _evaluation(node: LineageNode) -> str:
+    scores = ", ".join(f"{k} {v:.3f}" for k, v in node.attributes.get("scores", {}).items())
+    return f"{node.attributes.get('name', '?')}: {scores}"

@@ -1,0 +1,210 @@
+"""`homefire up`: options checked, the home held, the port bound, and then the supervisor runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from homefire.cli.options import Commands, add_home, home_of
+
+if TYPE_CHECKING:
+    from homefire.foundation.home import Home
+    from homefire.wire.specs import ControlSpec, GatewaySpec
+
+DEFAULT_PORT = 8700
+
+EPILOG = """\
+examples:
+  homefire up
+  homefire up --home /data/homefire --port 0
+  homefire up --alias accounts/fireworks/models/qwen3-8b=tiny
+  homefire up --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem \\
+              --advertise-url https://trainer.example:8700
+
+It stays in the foreground. Ctrl-C or SIGTERM stops it after the state of running jobs is saved, and
+the next `up` on the same home resumes them; a second Ctrl-C hurries.
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "up",
+        help="start homefire in the foreground",
+        description="Start homefire: gateway, control, and whatever jobs this home was running.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_home(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="port; 0 takes a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="RESOURCE=MODEL",
+        help="serve a model resource from a catalog name, a Hugging Face repository or a directory",
+    )
+    parser.add_argument(
+        "--model-root",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="clients may name model directories below DIR (beside HOME/models)",
+    )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
+    parser.add_argument(
+        "--insecure-http", action="store_true", help="allow plain HTTP off loopback"
+    )
+    parser.add_argument(
+        "--advertise-url", metavar="URL", help="what clients use to reach this gateway"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("torch", "fake"),
+        default="torch",
+        help="fake: a numpy bigram model instead of transformers, for tests",
+    )
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """Checked on creation: raises InvalidArgument that names the option and the remedy."""
+
+    host: str
+    port: int
+    aliases: dict[str, str]
+    model_roots: tuple[Path, ...]
+    tls_certificate: Path | None
+    tls_key: Path | None
+    insecure_http: bool
+    advertise_url: str | None
+    engine: str
+
+    def __post_init__(self) -> None:
+        from homefire.cli.addresses import check_exposure, check_tls, check_url
+
+        check_tls(self.tls_certificate, self.tls_key)
+        check_exposure(
+            self.host,
+            secure=self.tls_certificate is not None,
+            insecure_http=self.insecure_http,
+            advertise_url=self.advertise_url,
+        )
+        if self.advertise_url is not None:
+            check_url(self.advertise_url)
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> UpOptions:
+        return cls(
+            host=arguments.host,
+            port=arguments.port,
+            aliases=parse_aliases(arguments.alias),
+            model_roots=tuple(existing_directory(root) for root in arguments.model_root),
+            tls_certificate=arguments.tls_cert,
+            tls_key=arguments.tls_key,
+            insecure_http=arguments.insecure_http,
+            advertise_url=arguments.advertise_url and arguments.advertise_url.rstrip("/"),
+            engine=arguments.engine,
+        )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from homefire.cli.supervisor import Supervisor
+    from homefire.foundation.home import HomeLock
+
+    options = UpOptions.of(arguments)
+    home = home_of(arguments)
+    home.prepare()
+    with HomeLock(home) as lock, contextlib.ExitStack() as resources:
+        supervisor = Supervisor(home)
+        supervisor.take_over()
+        listening = resources.enter_context(_listen(options))
+        url = _public_url(options, listening)
+        lock.publish(url)
+        control, gateway = _specs(home, options, url, listening.getsockname()[1])
+        return supervisor.run(control, gateway, listening=listening, url=url)
+
+
+def parse_aliases(texts: list[str]) -> dict[str, str]:
+    from homefire.wire.errors import InvalidArgument
+
+    aliases: dict[str, str] = {}
+    for text in texts:
+        resource, equals, model = text.partition("=")
+        if not (resource and equals and model):
+            raise InvalidArgument(
+                f"--alias {text!r} is not of the form RESOURCE=MODEL",
+                hint="for example --alias accounts/fireworks/models/qwen3-8b=tiny",
+                field="alias",
+            )
+        aliases[resource] = model
+    return aliases
+
+
+def existing_directory(path: Path) -> Path:
+    from homefire.wire.errors import InvalidArgument
+
+    root = path.expanduser().absolute()
+    if not root.is_dir():
+        raise InvalidArgument(f"--model-root {path} is not a directory", field="model-root")
+    return root
+
+
+def _listen(options: UpOptions) -> socket.socket:
+    from homefire.cli.addresses import listen
+
+    return listen(options.host, options.port)
+
+
+def _public_url(options: UpOptions, listening: socket.socket) -> str:
+    from homefire.cli.addresses import url_of
+
+    if options.advertise_url is not None:
+        return options.advertise_url
+    scheme = "https" if options.tls_certificate is not None else "http"
+    return url_of(scheme, options.host, listening.getsockname()[1])
+
+
+def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[ControlSpec, GatewaySpec]:
+    import secrets
+    from urllib.parse import urlsplit
+
+    from homefire.wire.specs import ControlSpec, EngineKind, GatewaySpec, Upstream
+
+    control = ControlSpec(
+        home=str(home.root),
+        nonce=secrets.token_hex(16),
+        listen=Upstream(home.socket("control"), secrets.token_hex(32)),
+        public_url=url,
+        aliases=options.aliases,
+        model_roots=[str(home.models), *map(str, options.model_roots)],
+        engine=EngineKind(options.engine),
+    )
+    gateway = GatewaySpec(
+        home=str(home.root),
+        nonce=secrets.token_hex(16),
+        host=options.host,
+        port=port,
+        listen=Upstream(home.socket("gateway"), secrets.token_hex(32)),
+        control=control.listen,
+        tls_certificate=_text(options.tls_certificate),
+        tls_key=_text(options.tls_key),
+        allowed_hosts=[urlsplit(url).hostname or options.host],
+    )
+    return control, gateway
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())

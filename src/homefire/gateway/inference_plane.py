@@ -1,0 +1,110 @@
+"""`/inference/v1/completions` and `/inference/v1/chat/completions`: a replica of a deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.types import Message
+
+from homefire.gateway.addressing import deployment_key
+from homefire.gateway.caller import Caller
+from homefire.gateway.proxy import UpstreamDown, UpstreamLost
+from homefire.gateway.replica_choice import choose_replica
+from homefire.gateway.routing import Router
+from homefire.gateway.upstreams import Upstreams
+from homefire.http.bodies import decode_json, read_body
+from homefire.wire.errors import FailedPrecondition, HomefireError, Unavailable, UnknownDeployment
+from homefire.wire.internal import DeploymentRoute
+from homefire.wire.resources import DeploymentState
+from homefire.wire.specs import Upstream
+
+_MAX_BODY_BYTES = 64 << 20
+_SESSION_HEADERS = ("x-session-affinity", "x-multi-turn-session-id")
+_ENDED = frozenset({DeploymentState.FAILED, DeploymentState.DELETING, DeploymentState.DELETED})
+
+
+class _Envelope(msgspec.Struct):
+    """The part of an inference request that the gateway reads."""
+
+    model: str = ""
+    user: Any = None
+
+
+class InferencePlane:
+    def __init__(self, router: Router, upstreams: Upstreams) -> None:
+        self._router = router
+        self._upstreams = upstreams
+
+    async def answer(self, caller: Caller) -> None:
+        envelope = await _read_envelope(caller)
+        key = await self._deployment(caller, envelope.model)
+        session = _session(caller, envelope)
+
+        def choose(refused: frozenset[str]) -> Upstream | None:
+            route = self._route(key)
+            replicas = [up for up in route.replicas if up.socket not in refused]
+            return choose_replica(replicas, in_flight=self._upstreams.in_flight, session=session)
+
+        try:
+            await self._router.forward(
+                caller, caller.target, choose, hold_s=self._router.holds.request_s
+            )
+        except (UpstreamDown, UpstreamLost) as exc:
+            raise self._why_down(key, exc) from exc
+
+    async def _deployment(self, caller: Caller, model: str) -> str:
+        """The key of the deployment; one that was just created may be newer than the table."""
+        header = caller.headers.get("fireworks-deployment", "")
+        feed = self._router.feed
+        try:
+            return deployment_key(feed.table, account=caller.account, model=model, header=header)
+        except UnknownDeployment:
+            await feed.refresh()
+            return deployment_key(feed.table, account=caller.account, model=model, header=header)
+
+    def _route(self, key: str) -> DeploymentRoute:
+        route = self._router.feed.table.deployments.get(key)
+        name = key.partition("/")[2]
+        if route is None:
+            raise UnknownDeployment(f"deployment {name!r} was deleted")
+        if not route.replicas and route.state in _ENDED:
+            raise FailedPrecondition(
+                f"deployment {name!r} is in state {route.state}{_because(route)}",
+                hint=f"`homefire logs {name}` shows why; delete it and create it again",
+            )
+        return route
+
+    def _why_down(self, key: str, exc: Exception) -> HomefireError:
+        route = self._router.feed.table.deployments.get(key)
+        detail = _because(route) if route and route.detail else f": {exc}"
+        return Unavailable(
+            f"deployment {key.partition('/')[2]!r} has no replica that answers{detail}",
+            hint="it may be starting; retry in a second",
+        )
+
+
+async def _read_envelope(caller: Caller) -> _Envelope:
+    body = await caller.body.read(max_bytes=_MAX_BODY_BYTES)
+    if "content-encoding" in caller.headers:
+        body = await _decompressed(caller, body)
+    return await decode_json(body or b"{}", _Envelope)
+
+
+async def _decompressed(caller: Caller, body: bytes) -> bytes:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return await read_body(Request(caller.scope, receive), max_bytes=_MAX_BODY_BYTES)
+
+
+def _session(caller: Caller, envelope: _Envelope) -> str:
+    for name in _SESSION_HEADERS:
+        if value := caller.headers.get(name):
+            return value
+    return envelope.user if isinstance(envelope.user, str) else ""
+
+
+def _because(route: DeploymentRoute) -> str:
+    return f": {route.detail}" if route.detail else ""

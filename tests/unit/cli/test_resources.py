@@ -1,0 +1,256 @@
+"""Resource commands, status and logs against a scripted control plane."""
+
+from __future__ import annotations
+
+import pytest
+
+from homefire.cli.tables import size
+
+JOB = {
+    "name": "accounts/local/rlorTrainerJobs/job-1",
+    "state": "JOB_STATE_RUNNING",
+    "trainingConfig": {"baseModel": "tiny"},
+    "trainerMode": "POLICY_TRAINER",
+    "createTime": "2026-01-31T12:00:00.123456Z",
+    "status": {"message": "[not markup]"},
+}
+STATUS = {
+    "version": "0.1.0",
+    "home": "/home",
+    "url": "http://127.0.0.1:8700",
+    "jobs": [
+        {
+            "name": JOB["name"],
+            "state": "JOB_STATE_PENDING",
+            "message": "needs 2 threads",
+            "baseModel": "tiny",
+            "mode": "POLICY_TRAINER",
+            "pid": None,
+            "step": 7,
+        }
+    ],
+    "deployments": [
+        {
+            "name": "accounts/local/deployments/serving",
+            "state": "READY",
+            "message": "",
+            "baseModel": "tiny",
+            "desiredIdentity": "step_2",
+            "replicas": [
+                {
+                    "replica": 0,
+                    "pid": 5,
+                    "ready": True,
+                    "identity": "step_1",
+                    "digest": "0123456789abcdef",
+                    "stage": "loading",
+                }
+            ],
+        },
+        {
+            "name": "accounts/local/deployments/empty",
+            "state": "CREATING",
+            "message": "starting",
+            "baseModel": "tiny",
+            "desiredIdentity": None,
+            "replicas": [],
+        },
+    ],
+    "capacity": {
+        "threadsTotal": 4,
+        "threadsUsed": 3,
+        "memoryTotalBytes": 2**30,
+        "memoryUsedBytes": 1536,
+        "waiting": [JOB["name"]],
+    },
+}
+
+
+@pytest.fixture
+def control(stub, publish):
+    publish(stub.url)
+    return stub
+
+
+def test_a_list_follows_pages_and_shows_a_table(homefire, control):
+    def page(query):
+        token = query.get("pageToken", "")
+        rows = {"": JOB, "next": {**JOB, "name": "accounts/local/rlorTrainerJobs/job-2"}}
+        return {"rlorTrainerJobs": [rows[token]], "nextPageToken": "" if token else "next"}
+
+    control.answers["GET /v1/accounts/local/rlorTrainerJobs"] = page
+    outcome = homefire("trainer", "list")
+    assert outcome.status == 0
+    rows = [line.split() for line in outcome.out.splitlines() if "job-" in line]
+    assert [row[:4] for row in rows] == [
+        ["job-1", "RUNNING", "tiny", "POLICY_TRAINER"],
+        ["job-2", "RUNNING", "tiny", "POLICY_TRAINER"],
+    ]
+    assert "[not markup]" in outcome.out
+
+
+def test_a_list_as_json_has_every_field(homefire, control):
+    control.answers["GET /v1/accounts/local/rlorTrainerJobs"] = {"rlorTrainerJobs": [JOB]}
+    assert homefire("trainer", "list", "--json").json == {"rlorTrainerJobs": [JOB]}
+
+
+def test_an_empty_list_says_so(homefire, control):
+    control.answers["GET /v1/accounts/local/deployments"] = {"deployments": []}
+    assert homefire("deployment", "list").out == "deployments: none\n"
+
+
+@pytest.mark.parametrize("name", ["job-1", JOB["name"]])
+def test_get_takes_an_id_or_a_resource_name(homefire, control, name):
+    control.answers[f"GET /v1/{JOB['name']}"] = JOB
+    assert homefire("trainer", "get", name).json == JOB
+
+
+def test_an_error_of_the_server_is_shown_with_its_hint_once(homefire, control):
+    outcome = homefire("deployment", "get", "nope")
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.err == "error: no such thing\nhint: look\n"
+
+
+def test_delete_needs_a_yes_from_somebody(homefire, control):
+    outcome = homefire("trainer", "delete", "job-1")
+    assert outcome.status == 1
+    assert "hint: add --yes" in outcome.err
+    assert not [seen for seen in control.seen if seen.startswith("DELETE")]
+
+
+def test_delete_with_yes(homefire, control):
+    control.answers[f"DELETE /v1/{JOB['name']}"] = {}
+    assert homefire("trainer", "delete", "job-1", "--yes").out == "trainer job job-1 deleted\n"
+    assert control.seen[-1] == f"DELETE /v1/{JOB['name']}"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("shape", "delete", "tiny-full", "--yes"), "generated from what this machine has"),
+        (("checkpoint", "delete", "step_1", "--job", "job-1"), "later deltas may rest on it"),
+    ],
+)
+def test_what_cannot_be_deleted_says_why(homefire, control, words, why):
+    outcome = homefire(*words)
+    assert outcome.status == 1
+    assert why in outcome.err
+    assert control.seen == []
+
+
+def row(name: str, kind: str, parent: str | None = None) -> dict:
+    return {
+        "name": f"{JOB['name']}/checkpoints/{name}",
+        "createTime": "2026-01-31T12:00:00Z",
+        "updateTime": "2026-01-31T12:00:00Z",
+        "checkpointType": "CHECKPOINT_TYPE_INFERENCE_BASE",
+        "promotable": True,
+        "step": 3,
+        "sizeBytes": 2048,
+        "digest": "f" * 64,
+        "parent": parent,
+        "kind": kind,
+    }
+
+
+@pytest.fixture
+def checkpoints(control):
+    control.answers[f"GET /v1/{JOB['name']}/checkpoints"] = {
+        "checkpoints": [row("step_1", "base"), row("step_2", "delta", "step_1")]
+    }
+    control.answers[f"GET /v1/{JOB['name']}/lineage"] = {
+        "job": "job-1",
+        "nodes": [
+            {"id": "snapshot:step_1", "kind": "snapshot"},
+            {"id": "h1", "kind": "hot_load", "attributes": {"deployment": "serving", "ok": True}},
+            {"id": "h2", "kind": "hot_load", "attributes": {"deployment": "broken", "ok": False}},
+            {
+                "id": "e1",
+                "kind": "evaluation",
+                "attributes": {"name": "held-out", "scores": {"reward": 0.7812}},
+            },
+        ],
+        "edges": [
+            {"source": "snapshot:step_1", "target": "h1", "kind": "loaded"},
+            {"source": "snapshot:step_1", "target": "h2", "kind": "loaded"},
+            {"source": "snapshot:step_1", "target": "e1", "kind": "evaluated"},
+        ],
+    }
+    return control
+
+
+def test_checkpoints_show_what_became_of_them(homefire, checkpoints):
+    lines = homefire("checkpoint", "list", "--job", "job-1").out.splitlines()
+    (first,) = [line for line in lines if line.split()[:1] == ["step_1"]]
+    (second,) = [line for line in lines if line.split()[:1] == ["step_2"]]
+    assert first.split()[1:6] == ["base", "3", "-", "2.0", "KiB"]
+    assert "serving, broken (failed)" in first
+    assert "held-out: reward 0.781" in first
+    assert second.split()[1:4] == ["delta", "3", "step_1"]
+
+
+def test_checkpoints_as_json_carry_the_lineage(homefire, checkpoints):
+    shown = homefire("checkpoint", "list", "--job", "job-1", "--json").json
+    assert [row["kind"] for row in shown["checkpoints"]] == ["base", "delta"]
+    assert len(shown["lineage"]["edges"]) == 3
+
+
+def test_a_checkpoint_that_does_not_exist_lists_those_that_do(homefire, checkpoints):
+    assert homefire("checkpoint", "get", "step_2", "--job", "job-1").json["parent"] == "step_1"
+    outcome = homefire("checkpoint", "get", "nope", "--job", "job-1")
+    assert outcome.err.endswith("hint: it has: step_1, step_2\n")
+
+
+def test_checkpoint_list_without_a_job_is_wrong_usage(homefire):
+    outcome = homefire("checkpoint", "list")
+    assert outcome.status == 2
+    assert "--job" in outcome.err
+
+
+def test_status_shows_jobs_weights_and_capacity(homefire, control):
+    control.answers["GET /v1/homefire/status"] = STATUS
+    shown = homefire("status").out
+    assert "PENDING" in shown
+    assert "needs 2 threads" in shown
+    assert "step_1" in shown
+    assert "0123456789ab" in shown
+    assert "loading step_2" in shown
+    assert "3 of 4 engine threads, 1.5 KiB of 1.0 GiB memory" in shown
+    assert f"waiting for room: {JOB['name']}" in shown
+
+
+def test_status_as_json_is_the_report(homefire, control):
+    control.answers["GET /v1/homefire/status"] = STATUS
+    assert homefire("status", "--json").json == STATUS
+
+
+def test_a_server_that_does_not_answer_is_named_with_the_way_to_start_it(homefire, publish):
+    publish("http://127.0.0.1:1")
+    outcome = homefire("status")
+    assert outcome.status == 1
+    assert "nothing answers at http://127.0.0.1:1" in outcome.err
+    assert "hint: start it with `homefire up" in outcome.err
+
+
+def test_logs_of_a_job_come_from_control(homefire, control):
+    control.answers["GET /v1/homefire/logs/job-1"] = lambda query: {
+        "name": "job-1",
+        "lines": [f"the last {query['tail']} lines"],
+    }
+    assert homefire("logs", "job-1", "--tail", "3").out == "the last 3 lines\n"
+
+
+def test_logs_of_control_are_read_without_it(homefire, home):
+    (home.run / "control.log").write_text("one\ntwo\nthree\n")
+    assert homefire("logs", "control", "--tail", "2").out == "two\nthree\n"
+    assert homefire("logs", "gateway", "--json").json == {"name": "gateway", "lines": []}
+
+
+def test_sizes_are_written_for_people():
+    assert [size(n) for n in (0, 1023, 1536, 5 * 2**20, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 MiB",
+        "3.0 TiB",
+    ]

@@ -3,7 +3,6 @@
 # source: homefire/wire/tinker_public.proto
 # Protobuf Python Version: 4.25.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import symbol_database as _symbol_database
@@ -13,59 +12,59 @@ from google.protobuf.internal import builder as _builder
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n!homefire/wire/tinker_public.proto\x12\x0fhomefire.tinker"F\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c"\x8d\x01\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x30\n\nsparse_csr\x18\x02 \x01(\x0b\x32\x1a.homefire.tinker.SparseCsrH\x00\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.homefire.tinker.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding"m\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.homefire.tinker.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03"\xbc\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x38\n\x06\x66ields\x18\x02 \x03(\x0b\x32(.homefire.tinker.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aM\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.homefire.tinker.BatchedTensor:\x02\x38\x01"\xe1\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x35\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1c.homefire.tinker.ArrayRecord\x12\x44\n\x07metrics\x18\x03 \x03(\x0b\x32\x33.homefire.tinker.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01""\n\x10\x45ncodedTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c"\\\n\nImageChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_tokens"\x19\n\tDmelChunk\x12\x0c\n\x04\x64mel\x18\x01 \x01(\x0c"\xa5\x01\n\x05\x43hunk\x12\x39\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32!.homefire.tinker.EncodedTextChunkH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.homefire.tinker.ImageChunkH\x00\x12*\n\x04\x64mel\x18\x03 \x01(\x0b\x32\x1a.homefire.tinker.DmelChunkH\x00\x42\x07\n\x05\x63hunk"\xc4\x01\n\x05\x44\x61tum\x12+\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x16.homefire.tinker.Chunk\x12@\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32(.homefire.tinker.Datum.LossFnInputsEntry\x1aL\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.homefire.tinker.Tensor:\x02\x38\x01"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value"\xc0\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12$\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x16.homefire.tinker.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12Q\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x39.homefire.tinker.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12V\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32;.homefire.tinker.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aW\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .homefire.tinker.LossConfigValue:\x02\x38\x01*g\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!homefire/wire/tinker_public.proto\x12\x0fhomefire.tinker\"F\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c\"\x8d\x01\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x30\n\nsparse_csr\x18\x02 \x01(\x0b\x32\x1a.homefire.tinker.SparseCsrH\x00\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.homefire.tinker.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"m\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.homefire.tinker.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\"\xbc\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x38\n\x06\x66ields\x18\x02 \x03(\x0b\x32(.homefire.tinker.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aM\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.homefire.tinker.BatchedTensor:\x02\x38\x01\"\xe1\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x35\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1c.homefire.tinker.ArrayRecord\x12\x44\n\x07metrics\x18\x03 \x03(\x0b\x32\x33.homefire.tinker.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x10\x45ncodedTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\\\n\nImageChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_expected_tokens\"\x19\n\tDmelChunk\x12\x0c\n\x04\x64mel\x18\x01 \x01(\x0c\"\xa5\x01\n\x05\x43hunk\x12\x39\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32!.homefire.tinker.EncodedTextChunkH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.homefire.tinker.ImageChunkH\x00\x12*\n\x04\x64mel\x18\x03 \x01(\x0b\x32\x1a.homefire.tinker.DmelChunkH\x00\x42\x07\n\x05\x63hunk\"\xc4\x01\n\x05\x44\x61tum\x12+\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x16.homefire.tinker.Chunk\x12@\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32(.homefire.tinker.Datum.LossFnInputsEntry\x1aL\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.homefire.tinker.Tensor:\x02\x38\x01\"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xc0\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12$\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x16.homefire.tinker.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12Q\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x39.homefire.tinker.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12V\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32;.homefire.tinker.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aW\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12/\n\x05value\x18\x02 \x01(\x0b\x32 .homefire.tinker.LossConfigValue:\x02\x38\x01*g\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "homefire.wire.tinker_public_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'homefire.wire.tinker_public_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
-    DESCRIPTOR._options = None
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._options = None
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_options = b"8\001"
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._options = None
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._options = None
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_options = b"8\001"
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._options = None
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_options = b"8\001"
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._options = None
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_options = b"8\001"
-    _globals["_DTYPE"]._serialized_start = 1837
-    _globals["_DTYPE"]._serialized_end = 1940
-    _globals["_SPARSECSR"]._serialized_start = 54
-    _globals["_SPARSECSR"]._serialized_end = 124
-    _globals["_TENSOR"]._serialized_start = 127
-    _globals["_TENSOR"]._serialized_end = 268
-    _globals["_BATCHEDTENSOR"]._serialized_start = 270
-    _globals["_BATCHEDTENSOR"]._serialized_end = 379
-    _globals["_ARRAYRECORD"]._serialized_start = 382
-    _globals["_ARRAYRECORD"]._serialized_end = 570
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_start = 493
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_end = 570
-    _globals["_FORWARDBACKWARDOUTPUT"]._serialized_start = 573
-    _globals["_FORWARDBACKWARDOUTPUT"]._serialized_end = 798
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_start = 752
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_end = 798
-    _globals["_ENCODEDTEXTCHUNK"]._serialized_start = 800
-    _globals["_ENCODEDTEXTCHUNK"]._serialized_end = 834
-    _globals["_IMAGECHUNK"]._serialized_start = 836
-    _globals["_IMAGECHUNK"]._serialized_end = 928
-    _globals["_DMELCHUNK"]._serialized_start = 930
-    _globals["_DMELCHUNK"]._serialized_end = 955
-    _globals["_CHUNK"]._serialized_start = 958
-    _globals["_CHUNK"]._serialized_end = 1123
-    _globals["_DATUM"]._serialized_start = 1126
-    _globals["_DATUM"]._serialized_end = 1322
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_start = 1246
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_end = 1322
-    _globals["_LOSSCONFIGVALUE"]._serialized_start = 1324
-    _globals["_LOSSCONFIGVALUE"]._serialized_end = 1384
-    _globals["_FORWARDBACKWARDREQUEST"]._serialized_start = 1387
-    _globals["_FORWARDBACKWARDREQUEST"]._serialized_end = 1835
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_start = 1695
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_end = 1746
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_start = 1748
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_end = 1835
+  DESCRIPTOR._options = None
+  _globals['_ARRAYRECORD_FIELDSENTRY']._options = None
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._options = None
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._options = None
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_options = b'8\001'
+  _globals['_DTYPE']._serialized_start=1837
+  _globals['_DTYPE']._serialized_end=1940
+  _globals['_SPARSECSR']._serialized_start=54
+  _globals['_SPARSECSR']._serialized_end=124
+  _globals['_TENSOR']._serialized_start=127
+  _globals['_TENSOR']._serialized_end=268
+  _globals['_BATCHEDTENSOR']._serialized_start=270
+  _globals['_BATCHEDTENSOR']._serialized_end=379
+  _globals['_ARRAYRECORD']._serialized_start=382
+  _globals['_ARRAYRECORD']._serialized_end=570
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_start=493
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_end=570
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_start=573
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_end=798
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=752
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=798
+  _globals['_ENCODEDTEXTCHUNK']._serialized_start=800
+  _globals['_ENCODEDTEXTCHUNK']._serialized_end=834
+  _globals['_IMAGECHUNK']._serialized_start=836
+  _globals['_IMAGECHUNK']._serialized_end=928
+  _globals['_DMELCHUNK']._serialized_start=930
+  _globals['_DMELCHUNK']._serialized_end=955
+  _globals['_CHUNK']._serialized_start=958
+  _globals['_CHUNK']._serialized_end=1123
+  _globals['_DATUM']._serialized_start=1126
+  _globals['_DATUM']._serialized_end=1322
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_start=1246
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_end=1322
+  _globals['_LOSSCONFIGVALUE']._serialized_start=1324
+  _globals['_LOSSCONFIGVALUE']._serialized_end=1384
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=1387
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=1835
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=1695
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_end=1746
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_start=1748
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_end=1835
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,412 @@
+"""The trainer's routes: the Tinker protocol under /api/v1, our own under /internal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from homefire.http.app import service_app
+from homefire.http.bodies import decode_json, json_response, read_body, read_json
+from homefire.trainer.front import operations
+from homefire.trainer.front.admission import Submission
+from homefire.trainer.front.checkpoint_paths import state_manifest, state_names
+from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
+from homefire.trainer.front.operations import (
+    LoadTrainState,
+    OperationKind,
+    UnloadHandle,
+    refuse,
+    run_pass,
+    save_snapshot,
+    save_train_state,
+    step_optimizer,
+)
+from homefire.trainer.front.records import FailedResult, PassResult, PlainResult, Result
+from homefire.trainer.front.service import Front
+from homefire.wire import tinker, tinker_proto
+from homefire.wire.engine import SlotKind
+from homefire.wire.errors import (
+    ErrorRecord,
+    HomefireError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
+from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
+
+POLL_S = 35.0
+"""How long a future is held; clients give up at 45 s."""
+PAUSED_POLL_S = 5.0
+"""Shorter while nothing runs, so that the reason reaches the client."""
+MAX_STATUS_WAIT_S = 30.0
+_OFF_LOOP_ABOVE = 100_000
+"""Bytes; decoding 1 MB takes milliseconds, in which no heartbeat would be answered."""
+_UNSUPPORTED = ("create_sampling_session", "asample", "join_sampling_session", "create_custom_loss")
+Value = TypeVar("Value")
+
+
+def build_app(front: Front) -> ASGIApp:
+    """Starts the front with the application and closes it after the last request."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        await front.start()
+        yield
+        await front.close()
+
+    api = TrainerApi(front)
+    return service_app(api.routes(), secret=front.spec.listen.secret, lifespan=lifespan)
+
+
+class TrainerApi:
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._spec = front.spec
+        self._admission = front.admission
+
+    def routes(self) -> list[Route]:
+        gets = {
+            "healthz": self.healthz,
+            "get_server_capabilities": self.capabilities,
+            "list_checkpoints": self.list_checkpoints,
+        }
+        posts = {
+            "client/config": self.client_config,
+            "client/dynamic_config": self.client_config,
+            "create_session": self.create_session,
+            "session_heartbeat": self.heartbeat,
+            "sessions/{session_id}/finish": self.finish_session,
+            "telemetry": self.telemetry,
+            "create_model": self.create_model,
+            "get_info": self.get_info,
+            "unload_model": self.unload_model,
+            "forward": self.forward,
+            "forward_backward": self.forward_backward,
+            "optim_step": self.optim_step,
+            "save_weights": self.save_weights,
+            "save_weights_for_sampler": self.save_weights_for_sampler,
+            "load_weights": self.load_weights,
+            "load_adapter": self.load_adapter,
+            "weights_info": self.weights_info,
+            "retrieve_future": self.retrieve_future,
+            **dict.fromkeys(_UNSUPPORTED, self.unsupported),
+        }
+        return [
+            *(self._route(path, call, "GET") for path, call in gets.items()),
+            *(self._route(path, call, "POST") for path, call in posts.items()),
+            self._route("samplers/{sampler_id}", self.unsupported, "GET"),
+            Route("/internal/health", self.health),
+            Route("/internal/status", self.status),
+        ]
+
+    def _route(
+        self, path: str, call: Callable[[Request], Awaitable[Response]], method: str
+    ) -> Route:
+        async def endpoint(request: Request) -> Response:
+            self._check_account(request)
+            return await call(request)
+
+        return Route(f"/api/v1/{path}", endpoint, methods=[method])
+
+    def _check_account(self, request: Request) -> None:
+        """Another account's job does not exist for the caller."""
+        account = request.headers.get(ACCOUNT_HEADER, self._spec.account)
+        if account != self._spec.account:
+            raise NotFound(f"no trainer job {self._spec.job!r} in account {account!r}")
+
+    # About the service -----------------------------------------------------------------------
+
+    async def healthz(self, request: Request) -> Response:
+        error = self._front.status.error
+        if self._front.status.state is TrainerState.FAILED and error is not None:
+            raise Unavailable(error.message, hint=error.hint)
+        return json_response({"status": "ok"})
+
+    async def health(self, request: Request) -> Response:
+        return json_response(ServiceHealth(self._spec.nonce, os.getpid(), "trainer"))
+
+    async def status(self, request: Request) -> Response:
+        after = request.query_params.get("after")
+        wait_s = _number(request, "wait_s", 0.0)
+        status = await self._front.status.read(
+            after=int(_number(request, "after", 0)) if after is not None else None,
+            wait_s=min(max(wait_s, 0.0), MAX_STATUS_WAIT_S),
+        )
+        return json_response(status)
+
+    async def client_config(self, request: Request) -> Response:
+        """All flags keep the client's defaults."""
+        return json_response({})
+
+    async def capabilities(self, request: Request) -> Response:
+        spec = self._spec
+        names = dict.fromkeys((spec.base_model, spec.tokenizer_id))
+        models = [
+            {"model_name": name, "max_context_length": spec.max_context_length, "trainable": True}
+            for name in names
+        ]
+        return json_response({"supported_models": models})
+
+    async def telemetry(self, request: Request) -> Response:
+        await read_body(request)
+        return json_response({"status": "accepted"})
+
+    async def unsupported(self, request: Request) -> Response:
+        await read_body(request)
+        call = request.url.path.removeprefix("/api/v1/").partition("/")[0]
+        raise Unsupported(
+            f"{call}: a dedicated trainer does not sample and takes no server-side losses",
+            hint="sample through a deployment; use forward_backward_custom",
+        )
+
+    # Sessions and models ---------------------------------------------------------------------
+
+    async def create_session(self, request: Request) -> Response:
+        await read_json(request, tinker.CreateSession)
+        session_id = await self._admission.create_session()
+        return json_response({"type": "create_session", "session_id": session_id})
+
+    async def heartbeat(self, request: Request) -> Response:
+        body = await read_json(request, tinker.SessionRef)
+        self._admission.check_session(body.session_id)
+        return json_response({"type": "session_heartbeat"})
+
+    async def finish_session(self, request: Request) -> Response:
+        """The weights outlive their client, so there is nothing to tear down."""
+        await read_body(request)
+        self._admission.check_session(request.path_params["session_id"])
+        return json_response({})
+
+    async def create_model(self, request: Request) -> Response:
+        body = await read_json(request, tinker.CreateModel)
+        self._admission.check_session(body.session_id)
+        try:
+            operation = plan_creation(body, self._spec, self._front.ledger)
+        except HomefireError as error:
+            return _promise(self._admission.fail_now(error))
+        return _promise(await self._admission.create(operation))
+
+    async def get_info(self, request: Request) -> Response:
+        body = await read_json(request, tinker.ModelRef)
+        handle = self._admission.handle(body.model_id)
+        spec, model, lora = self._spec, self._front.worker.model, self._front.ledger.lora
+        is_lora = handle.kind is SlotKind.LORA
+        data = {
+            "arch": model.opened.architecture if model else None,
+            "model_name": spec.base_model,
+            "tokenizer_id": spec.tokenizer_id,
+        }
+        info = {
+            "type": "get_info",
+            "model_id": handle.model_id,
+            "model_data": data,
+            "is_lora": is_lora,
+            "lora_rank": lora.rank if is_lora and lora else 0,
+            "model_name": spec.base_model,
+        }
+        return json_response(info)
+
+    async def unload_model(self, request: Request) -> Response:
+        body = await read_json(request, tinker.UnloadModel)
+        return await self._submit(request, body.model_id, body.seq_id, UnloadHandle())
+
+    # Training --------------------------------------------------------------------------------
+
+    async def forward(self, request: Request) -> Response:
+        body = await read_body(request)
+        decoded = await decode_json(body, tinker.ForwardRequest)
+        return await self._submit_pass(lambda: tinker.forward_pass(decoded), len(body))
+
+    async def forward_backward(self, request: Request) -> Response:
+        body = await read_body(request)
+        if request.headers.get("content-type", "").startswith(tinker_proto.CONTENT_TYPE):
+            return await self._submit_pass(
+                lambda: tinker_proto.decode_forward_backward(body), len(body)
+            )
+        decoded = await decode_json(body, tinker.ForwardBackwardRequest)
+        return await self._submit_pass(lambda: tinker.forward_backward_pass(decoded), len(body))
+
+    async def _submit_pass(
+        self, decode: Callable[[], tinker.PassRequest], num_bytes: int
+    ) -> Response:
+        def prepare() -> tuple[tinker.PassRequest, Submission]:
+            decoded = decode()
+            return decoded, self._admission.submission(run_pass(decoded.body))
+
+        decoded, submission = await _off_loop(prepare, num_bytes)
+        model, seq = decoded.model_id, decoded.seq_id
+        return _promise(await self._admission.accept_in_order(model, seq, submission), model)
+
+    async def optim_step(self, request: Request) -> Response:
+        body = await read_json(request, tinker.OptimStepRequest)
+        return await self._submit(request, body.model_id, body.seq_id, step_optimizer(body))
+
+    async def save_weights(self, request: Request) -> Response:
+        body = await read_json(request, tinker.SaveWeights)
+        return await self._submit(request, body.model_id, body.seq_id, save_train_state(body))
+
+    async def save_weights_for_sampler(self, request: Request) -> Response:
+        body = await read_json(request, tinker.SaveWeightsForSampler)
+        return await self._submit(request, body.model_id, body.seq_id, save_snapshot(body))
+
+    async def load_weights(self, request: Request) -> Response:
+        body = await read_json(request, tinker.LoadWeights)
+        if body.model_id is not None:
+            operation = LoadTrainState(body.path, bool(body.optimizer))
+            return await self._submit(request, body.model_id, body.seq_id, operation)
+        if body.session_id is None or body.model_seq_id is None:
+            raise InvalidArgument(
+                "load_weights names no model", hint="send model_id, or session_id and model_seq_id"
+            )
+        return await self._create_from_state(body)
+
+    async def _create_from_state(self, body: tinker.LoadWeights) -> Response:
+        self._admission.check_session(body.session_id or "")
+        spec = self._spec
+        try:
+            manifest = await asyncio.to_thread(
+                state_manifest, self._front.store, body.path, account=spec.account, job=spec.job
+            )
+            operation = plan_creation_from_state(body, manifest, spec, self._front.ledger)
+        except HomefireError as error:
+            return _promise(self._admission.fail_now(error))
+        return _promise(await self._admission.create(operation))
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = await read_json(request, tinker.LoadAdapter)
+        error = Unsupported(
+            f"load_adapter({body.adapter_path!r}) is not supported by this version",
+            hint="load a state with load_state",
+            field="adapter_path",
+        )
+        operation = refuse(OperationKind.LOAD_ADAPTER, error)
+        return await self._submit(request, body.model_id, body.seq_id, operation)
+
+    async def list_checkpoints(self, request: Request) -> Response:
+        spec = self._spec
+        names = await asyncio.to_thread(
+            state_names, self._front.store, account=spec.account, job=spec.job
+        )
+        return json_response({"checkpoints": names})
+
+    async def weights_info(self, request: Request) -> Response:
+        body = await read_json(request, tinker.WeightsInfo)
+        spec = self._spec
+        manifest = await asyncio.to_thread(
+            state_manifest, self._front.store, body.tinker_path, account=spec.account, job=spec.job
+        )
+        lora = manifest.lora
+        info: dict[str, Any] = {"base_model": manifest.base_model, "is_lora": lora is not None}
+        if lora is not None:
+            info |= {
+                "lora_rank": lora.rank,
+                "train_unembed": lora.train_unembed,
+                "train_mlp": lora.train_mlp,
+                "train_attn": lora.train_attn,
+            }
+        return json_response(info)
+
+    async def _submit(
+        self, request: Request, model: str, seq: int | None, operation: operations.Operation
+    ) -> Response:
+        submission = self._admission.submission(operation)
+        if seq is None:
+            key = request.headers.get("x-idempotency-key", "")
+            return _promise(await self._admission.accept_at_end(model, key, submission), model)
+        return _promise(await self._admission.accept_in_order(model, seq, submission), model)
+
+    # Futures ---------------------------------------------------------------------------------
+
+    async def retrieve_future(self, request: Request) -> Response:
+        body = await read_json(request, tinker.RetrieveFuture)
+        request_id, futures = body.request_id, self._front.futures
+        if futures.is_pending(request_id):
+            await self._hold(futures.completion(request_id))
+        result = futures.read(request_id)
+        if result is not None:
+            return await _answer(result, request.headers.get("accept", ""))
+        if futures.is_pending(request_id):
+            return self._not_yet(request_id)
+        error = NotFound(
+            f"no result for request {request_id!r}",
+            hint="it was never accepted here, or its result is past its retention",
+        )
+        return _failure(ErrorRecord.of(error))
+
+    async def _hold(self, completion: asyncio.Event) -> None:
+        """Until there is a result, the front closes, or it is time to say that there is none yet."""
+        if self._front.status.state is TrainerState.FAILED:
+            return
+        hold_s = PAUSED_POLL_S if self._front.status.pause_reason else POLL_S
+        waits = [asyncio.ensure_future(e.wait()) for e in (completion, self._front.closing)]
+        try:
+            await asyncio.wait(waits, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def _not_yet(self, request_id: str) -> Response:
+        status = self._front.status
+        if status.state is TrainerState.FAILED and status.error is not None:
+            return _failure(status.error)
+        body = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
+        if status.pause_reason:
+            body |= {"queue_state": "paused_capacity", "queue_state_reason": status.pause_reason}
+        return json_response(body, status=408)
+
+
+def _promise(request_id: str, model: str | None = None) -> Response:
+    body = {"request_id": request_id}
+    return json_response(body if model is None else {**body, "model_id": model})
+
+
+async def _answer(result: Result, accept: str) -> Response:
+    match result:
+        case FailedResult(error):
+            return _failure(error)
+        case PlainResult(body):
+            return json_response(body)
+        case PassResult(output):
+            return await _answer_pass(output, binary=tinker_proto.CONTENT_TYPE in accept)
+
+
+async def _answer_pass(output: tinker.PassOutput, *, binary: bool) -> Response:
+    size = len(output.logprobs)
+    if not binary:
+        return await _off_loop(lambda: json_response(tinker.output_json(output)), size)
+    encoded = await _off_loop(lambda: tinker_proto.encode_output(output), size)
+    return Response(encoded, media_type=tinker_proto.CONTENT_TYPE)
+
+
+def _failure(error: ErrorRecord) -> Response:
+    """A failed future is an answer, not an HTTP error: clients retry those for ever."""
+    body = {
+        "error": str(error.exception()),
+        "category": error.category,
+        "error_class": error.code,
+        "code": error.code,
+        "hint": error.hint,
+    }
+    return json_response(body)
+
+
+async def _off_loop(call: Callable[[], Value], num_bytes: int) -> Value:
+    return await asyncio.to_thread(call) if num_bytes > _OFF_LOOP_ABOVE else call()
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    text = request.query_params.get(name, "")
+    try:
+        return float(text) if text else default
+    except ValueError as exc:
+        raise InvalidArgument(f"{name} is {text!r}", hint="use a number", field=name) from exc

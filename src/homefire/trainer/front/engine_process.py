@@ -1,0 +1,127 @@
+"""The engine as a child process: started with one end of a socket pair, spoken to in wire records."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from homefire.wire.engine import (
+    PREFIX_BYTES,
+    Arrays,
+    Done,
+    Failure,
+    Reply,
+    Request,
+    Shutdown,
+    decode_reply,
+    encode_request,
+    frame_rest,
+)
+from homefire.wire.errors import InternalError
+from homefire.wire.specs import EngineKind
+
+_EXIT_TIMEOUT_S = 10.0
+
+
+class EngineDied(Exception):
+    """The engine's process ended, or its socket closed, before it answered."""
+
+
+class Engine(Protocol):
+    """What the front needs of an engine. One request at a time."""
+
+    @property
+    def pid(self) -> int: ...
+
+    async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        """Raises what the engine reports, or EngineDied."""
+        ...
+
+    async def wait(self) -> int:
+        """Blocks until the engine ends; its exit status."""
+        ...
+
+    async def shut_down(self) -> None:
+        """It finishes and exits."""
+        ...
+
+    async def kill(self) -> int:
+        """At once, and harmless when it has ended; its exit status."""
+        ...
+
+
+class EngineProcess:
+    """The engine as a child process of ours."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, kind: EngineKind, *, threads: int, log: Path) -> EngineProcess:
+        """The child inherits its end of a socket pair; what it prints is appended to `log`."""
+        ours, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "homefire.trainer.engine"),
+                *("--fd", str(theirs.fileno()), "--kind", kind.value),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        try:
+            self._writer.write(encode_request(request, arrays))
+            await self._writer.drain()
+            prefix = await self._reader.readexactly(PREFIX_BYTES)
+            rest = await self._reader.readexactly(frame_rest(prefix))
+        except (asyncio.IncompleteReadError, OSError) as exc:
+            raise EngineDied(f"the engine died during {type(request).__name__}") from exc
+        reply, answered = decode_reply(prefix + rest)
+        if isinstance(reply, Failure):
+            raise reply.error.exception()
+        return reply, answered
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    async def shut_down(self) -> None:
+        reply, _ = await self.call(Shutdown())
+        if not isinstance(reply, Done):
+            raise InternalError(f"the engine answered Shutdown with {type(reply).__name__}")
+        await self.end()
+
+    async def end(self) -> int:
+        """Closes the socket, at which an engine exits; kills it if it does not. Its exit status."""
+        self._writer.close()
+        try:
+            async with asyncio.timeout(_EXIT_TIMEOUT_S):
+                return await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            return await self._process.wait()
+
+    async def kill(self) -> int:
+        self._writer.close()
+        if self._process.returncode is None:
+            self._process.kill()
+        return await self._process.wait()

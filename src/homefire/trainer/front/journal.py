@@ -1,0 +1,273 @@
+"""The append-only journal of a trainer: nothing is acknowledged before it is here and on disk.
+
+    job_dir/journal/00000001.log, 00000002.log, …
+
+A segment is an 8-byte header, then frames. A frame is one group commit: everything that was appended
+while the previous fsync ran.
+
+    <4s magic> <u32 payload bytes> <u32 CRC-32 of payload> <payload: msgpack array of records>
+
+A frame is written only after the one before it was synced. So a bad frame with nothing valid behind
+it is the torn end of a crash, and is cut off; one with a valid frame behind it is damage, an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from homefire.foundation.durable import sync_directory
+from homefire.foundation.failpoints import failpoint
+from homefire.trainer.front.records import Record, Snapshot
+from homefire.wire.errors import DigestMismatch, StorageFailed
+
+HEADER = b"HFJRNL01"
+_MAGIC = b"HFRM"
+_FRAME = struct.Struct("<4sII")
+_MAX_FRAME_BYTES = (1 << 32) - 1
+_MAX_BATCH_BYTES = 64 << 20
+"""A group commit is closed at this size, so that one frame never grows without bound."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    record: Record
+    encoded: bytes
+    durable: asyncio.Future[None]
+
+
+class Journal:
+    """Owned by one event loop; writes happen in a thread of its own, in the order of `append`.
+
+    `apply` is called on the loop with each record that has become durable, in order, before its
+    `append` returns: what it builds is at every moment exactly what is on disk.
+    """
+
+    def __init__(self, directory: Path, apply: Callable[[Record, int], None]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._apply = apply
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._waiting: list[_Entry] = []
+        self._rotations: list[tuple[Callable[[], Snapshot], asyncio.Future[None]]] = []
+        self._flushing: asyncio.Task[None] | None = None
+        self._segment = max(segments(directory), default=0)
+        self._file = -1
+        self._durable_bytes = 0
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
+    def segment(self) -> int:
+        """Number of the segment that is being written."""
+        return self._segment
+
+    def open(self) -> None:
+        """Cuts a torn end off the last segment and continues it; starts the first one if none is.
+
+        Blocks. Raises DigestMismatch for damage that is not a torn end.
+        """
+        if self._segment == 0:
+            self._start(1, b"")
+            return
+        path = segment_path(self._directory, self._segment)
+        good = sum(len(frame) for frame in _frames(path)) + len(HEADER)
+        self._file = os.open(path, os.O_RDWR)
+        os.ftruncate(self._file, 0 if good > path.stat().st_size else good)
+        os.pwrite(self._file, HEADER, 0)
+        os.fsync(self._file)
+        self._durable_bytes = good
+
+    async def append(self, record: Record) -> None:
+        """Returns once the record is on disk. Raises StorageFailed, and then it is not."""
+        encoded = msgspec.msgpack.encode(record)
+        durable: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Entry(record, encoded, durable))
+        self._wake()
+        await durable
+
+    async def rotate(self, make_snapshot: Callable[[], Snapshot]) -> None:
+        """Starts a new segment with the snapshot of all that is durable at that moment."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._rotations.append((make_snapshot, done))
+        self._wake()
+        await done
+
+    def trim(self, below: int) -> list[int]:
+        """Deletes the segments below a number; says which."""
+        gone = [number for number in segments(self._directory) if number < below]
+        for number in gone:
+            segment_path(self._directory, number).unlink()
+        return gone
+
+    async def close(self) -> None:
+        while self._flushing is not None:
+            await self._flushing
+        self._writer.shutdown()
+        os.close(self._file)
+
+    def _wake(self) -> None:
+        if self._flushing is None:
+            self._flushing = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._waiting or self._rotations:
+                if self._rotations:
+                    await self._rotate(*self._rotations.pop(0))
+                else:
+                    await self._commit(self._take_batch())
+        finally:
+            self._flushing = None
+
+    async def _commit(self, batch: list[_Entry]) -> None:
+        frame = _frame([entry.encoded for entry in batch])
+        try:
+            await self._in_writer(self._write, frame)
+        except OSError as exc:
+            for entry in batch:
+                _fail(entry.durable, _unwritable(exc))
+            return
+        for entry in batch:
+            self._apply(entry.record, self._segment)
+            _succeed(entry.durable)
+
+    async def _rotate(
+        self, make_snapshot: Callable[[], Snapshot], done: asyncio.Future[None]
+    ) -> None:
+        first = _frame([msgspec.msgpack.encode(make_snapshot())])
+        try:
+            await self._in_writer(self._start, self._segment + 1, first)
+        except OSError as exc:
+            _fail(done, _unwritable(exc))
+        else:
+            _succeed(done)
+
+    async def _in_writer(self, call: Callable[..., None], *arguments: int | bytes) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
+
+    def _take_batch(self) -> list[_Entry]:
+        size = count = 0
+        for entry in self._waiting:
+            if count and size + len(entry.encoded) > _MAX_BATCH_BYTES:
+                break
+            size += len(entry.encoded)
+            count += 1
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        return batch
+
+    def _write(self, frame: bytes) -> None:
+        """A failed write is taken back, so that later frames do not follow half a one."""
+        try:
+            _write_all(self._file, frame, self._durable_bytes)
+            failpoint("journal.before_fsync")
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._durable_bytes)
+            raise
+        self._durable_bytes += len(frame)
+        failpoint("journal.after_fsync_before_ack")
+
+    def _start(self, number: int, first: bytes) -> None:
+        path = segment_path(self._directory, number)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        _write_all(file, HEADER + first, 0)
+        os.fsync(file)
+        sync_directory(self._directory)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._segment = file, number
+        self._durable_bytes = len(HEADER) + len(first)
+
+
+def read_journal(directory: Path) -> Iterator[tuple[int, Record]]:
+    """All records in order, each with the number of its segment; blocks.
+
+    Only the last segment may have a torn end. Raises DigestMismatch for damage.
+    """
+    numbers = segments(directory)
+    for number in numbers:
+        path = segment_path(directory, number)
+        size = len(HEADER)
+        for frame in _frames(path):
+            size += len(frame)
+            for record in msgspec.msgpack.decode(frame[_FRAME.size :], type=list[Record]):
+                yield number, record
+        if number != numbers[-1] and size != path.stat().st_size:
+            raise DigestMismatch(f"{path} is damaged at byte {size}", hint=_DAMAGE_HINT)
+
+
+def segments(directory: Path) -> list[int]:
+    return sorted(int(path.stem) for path in directory.glob("*.log"))
+
+
+def segment_path(directory: Path, number: int) -> Path:
+    return directory / f"{number:08d}.log"
+
+
+_DAMAGE_HINT = "restore the job's directory from a copy, or branch from its last checkpoint"
+
+
+def _unwritable(exc: OSError) -> StorageFailed:
+    return StorageFailed(f"the journal cannot be written: {exc}", hint="free disk space")
+
+
+def _succeed(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _fail(future: asyncio.Future[None], error: StorageFailed) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _frame(records: list[bytes]) -> bytes:
+    payload = msgspec.msgpack.encode([msgspec.Raw(record) for record in records])
+    if len(payload) > _MAX_FRAME_BYTES:
+        raise StorageFailed(f"a record of {len(payload)} bytes does not fit into the journal")
+    return _FRAME.pack(_MAGIC, len(payload), zlib.crc32(payload)) + payload
+
+
+def _frames(path: Path) -> Iterator[bytes]:
+    """The valid frames of a segment; stops at a torn end, raises DigestMismatch at damage."""
+    data = path.read_bytes()
+    if data[: len(HEADER)] != HEADER[: len(data)]:
+        raise DigestMismatch(f"{path} is not a journal segment", hint=_DAMAGE_HINT)
+    offset = len(HEADER)
+    while frame := _frame_at(data, offset):
+        yield frame
+        offset += len(frame)
+    later = data.find(_MAGIC, offset + 1)
+    while later >= 0:
+        if _frame_at(data, later):
+            raise DigestMismatch(f"{path} is damaged at byte {offset}", hint=_DAMAGE_HINT)
+        later = data.find(_MAGIC, later + 1)
+
+
+def _frame_at(data: bytes, offset: int) -> bytes:
+    """The frame that begins at `offset`, or nothing."""
+    if offset + _FRAME.size > len(data):
+        return b""
+    magic, size, crc = _FRAME.unpack_from(data, offset)
+    end = offset + _FRAME.size + size
+    if magic != _MAGIC or end > len(data):
+        return b""
+    return data[offset:end] if zlib.crc32(data[offset + _FRAME.size : end]) == crc else b""
+
+
+def _write_all(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,252 @@
+"""What a client asked for, decoded and independent of the wire it came by: what the journal keeps.
+
+Two requests are the same if their operations are: the digest is over the canonical encoding below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+from homefire.wire.engine import AdamParams, GradNormalization, LoraSpec, SlotKind
+from homefire.wire.errors import ErrorRecord, HomefireError, InvalidArgument, Unsupported
+from homefire.wire.tinker import (
+    AdamFields,
+    OptimStepRequest,
+    Pass,
+    RejectedPass,
+    SaveWeights,
+    SaveWeightsForSampler,
+)
+
+SAMPLER_TYPE_KEY = "homefire.checkpoint_type"
+BASE_ONLY_KEY = "homefire.base_only"
+_SAMPLER_TYPES = frozenset({"base", "delta"})
+
+
+class OperationKind(StrEnum):
+    """Which call of the protocol a request was."""
+
+    FORWARD = "forward"
+    """Logprobs only."""
+    FORWARD_BACKWARD = "forward_backward"
+    """Adds to the accumulated gradient."""
+    OPTIM_STEP = "optim_step"
+    """Applies and clears the accumulated gradient."""
+    SAVE_WEIGHTS = "save_weights"
+    """Weights and optimizer, to go on from."""
+    SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+    """A snapshot to serve."""
+    LOAD_WEIGHTS = "load_weights"
+    """Replaces the weights, and clears the accumulated gradient."""
+    LOAD_ADAPTER = "load_adapter"
+    """Refused by name in this version."""
+    CREATE_MODEL = "create_model"
+    """A new handle on a slot."""
+    UNLOAD_MODEL = "unload_model"
+    """The handle is given up; the weights stay the job's."""
+
+
+class RunPass(msgspec.Struct, frozen=True, tag="pass"):
+    """forward or forward_backward."""
+
+    body: Pass
+
+
+class StepOptimizer(msgspec.Struct, frozen=True, tag="step"):
+    adam: AdamParams
+    normalization: GradNormalization
+
+
+class SaveTrainState(msgspec.Struct, frozen=True, kw_only=True, tag="save_state"):
+    name: str | None
+    """None: named after its seq."""
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    metadata: dict[str, str] = {}
+
+
+class SaveSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="save_sampler"):
+    name: str
+    checkpoint_type: str
+    ttl_seconds: int | None = None
+    metadata: dict[str, str] = {}
+
+
+class LoadTrainState(msgspec.Struct, frozen=True, tag="load_state"):
+    path: str
+    with_optimizer: bool
+
+
+class CreateHandle(msgspec.Struct, frozen=True, kw_only=True, tag="create"):
+    """A new handle on a slot, which is opened if it is not yet; with `load`, a state is loaded."""
+
+    session_id: str
+    model_seq_id: int
+    slot: str
+    kind: SlotKind
+    lora: LoraSpec | None = None
+    load: LoadTrainState | None = None
+    metadata: dict[str, str] = {}
+
+
+class UnloadHandle(msgspec.Struct, frozen=True, tag="unload"):
+    pass
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Well-formed, but wrong before it is tried. It keeps its place in the order and fails there,
+    since a refused POST would leave a hole in the sequence."""
+
+    kind: OperationKind
+    error: ErrorRecord
+
+
+Operation = (
+    RunPass
+    | StepOptimizer
+    | SaveTrainState
+    | SaveSnapshot
+    | LoadTrainState
+    | CreateHandle
+    | UnloadHandle
+    | Refused
+)
+
+_encoder = msgspec.msgpack.Encoder(order="deterministic")
+_decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
+
+
+def encode(operation: Operation) -> bytes:
+    return _encoder.encode(operation)
+
+
+def decode(data: bytes) -> Operation:
+    return _decoder.decode(data)
+
+
+def digest_of(encoded: bytes) -> str:
+    return hashlib.sha256(encoded).hexdigest()
+
+
+def refuse(kind: OperationKind, error: HomefireError) -> Refused:
+    return Refused(kind, ErrorRecord.of(error))
+
+
+def kind_of(operation: Operation) -> OperationKind:
+    match operation:
+        case RunPass(body):
+            return OperationKind.FORWARD if body.forward_only else OperationKind.FORWARD_BACKWARD
+        case StepOptimizer():
+            return OperationKind.OPTIM_STEP
+        case SaveTrainState():
+            return OperationKind.SAVE_WEIGHTS
+        case SaveSnapshot():
+            return OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+        case LoadTrainState():
+            return OperationKind.LOAD_WEIGHTS
+        case CreateHandle():
+            return OperationKind.CREATE_MODEL
+        case UnloadHandle():
+            return OperationKind.UNLOAD_MODEL
+        case Refused():
+            return operation.kind
+
+
+# From requests ---------------------------------------------------------------------------------
+
+
+def run_pass(body: Pass | RejectedPass) -> RunPass | Refused:
+    if isinstance(body, Pass):
+        return RunPass(body)
+    forward, backward = OperationKind.FORWARD, OperationKind.FORWARD_BACKWARD
+    return Refused(forward if body.forward_only else backward, body.error)
+
+
+def step_optimizer(request: OptimStepRequest) -> StepOptimizer | Refused:
+    fields = request.optimizer_params or request.adam_params or AdamFields()
+    try:
+        return StepOptimizer(_adam(fields), _normalization(request, fields))
+    except HomefireError as error:
+        return refuse(OperationKind.OPTIM_STEP, error)
+
+
+def _adam(fields: AdamFields) -> AdamParams:
+    if fields.type != "adamw":
+        raise Unsupported(
+            f"optimizer {fields.type!r} is not supported",
+            hint="use adamw",
+            field="optimizer_params",
+        )
+    names = AdamParams.__struct_fields__
+    given = {name: getattr(fields, name) for name in names}
+    return AdamParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _normalization(request: OptimStepRequest, fields: AdamFields) -> GradNormalization:
+    asked = request.grad_accumulation_normalization or fields.grad_accumulation_normalization
+    try:
+        return GradNormalization(asked or "none")
+    except ValueError as exc:
+        known = ", ".join(GradNormalization)
+        field = "grad_accumulation_normalization"
+        raise InvalidArgument(
+            f"{field} {asked!r} is unknown", hint=f"use {known}", field=field
+        ) from exc
+
+
+def save_train_state(request: SaveWeights) -> SaveTrainState:
+    return SaveTrainState(
+        name=request.path,
+        overwrite=bool(request.overwrite),
+        ttl_seconds=request.ttl_seconds,
+        metadata=text_metadata(request.user_metadata),
+    )
+
+
+def save_snapshot(request: SaveWeightsForSampler) -> SaveSnapshot | Refused:
+    """The type is the request's, else what our SDK puts into the metadata, else base.
+
+    An adapter is always written whole, whatever the type.
+    """
+    kind = OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+    metadata = text_metadata(request.user_metadata or request.metadata)
+    asked = request.checkpoint_type or metadata.pop(SAMPLER_TYPE_KEY, None) or "base"
+    if request.path is None:
+        return refuse(kind, _no_sampling("save_weights_for_sampler without a path"))
+    if asked not in _SAMPLER_TYPES:
+        return refuse(kind, _unknown_type(asked))
+    return SaveSnapshot(
+        name=request.path,
+        checkpoint_type=asked,
+        ttl_seconds=request.ttl_seconds,
+        metadata=metadata,
+    )
+
+
+def _unknown_type(asked: str) -> HomefireError:
+    if asked == "merged_base":
+        return Unsupported(
+            "checkpoint_type 'merged_base' is not supported",
+            hint="save the adapter and promote it",
+            field="checkpoint_type",
+        )
+    return InvalidArgument(
+        f"checkpoint_type {asked!r} is unknown", hint="use base or delta", field="checkpoint_type"
+    )
+
+
+def _no_sampling(what: str) -> Unsupported:
+    return Unsupported(
+        f"{what}: a dedicated trainer does not sample",
+        hint="save under a name, hot load it into a deployment and sample there",
+        field="path",
+    )
+
+
+def text_metadata(given: Mapping[str, Any] | None) -> dict[str, str]:
+    return {key: str(value) for key, value in (given or {}).items()}

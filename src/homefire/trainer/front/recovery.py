@@ -1,0 +1,242 @@
+"""A fresh engine is brought to where the journal ends: newest recovery point, then replay in order.
+
+Forward passes are not replayed. What is replayed is compared with what was answered the first time;
+a difference is reported, never hidden. Requests that were accepted but have no result are not
+touched here: the worker runs them afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from homefire.checkpoints import CheckpointKey, CheckpointStore
+from homefire.trainer.front import operations
+from homefire.trainer.front.journal import read_journal
+from homefire.trainer.front.live_model import LiveModel, Outcome
+from homefire.trainer.front.operations import (
+    CreateHandle,
+    LoadTrainState,
+    Operation,
+    OperationKind,
+    RunPass,
+    SaveSnapshot,
+    StepOptimizer,
+)
+from homefire.trainer.front.records import (
+    Accepted,
+    Completed,
+    FailedResult,
+    PassResult,
+    PlainResult,
+    PointTaken,
+    decode_result,
+)
+from homefire.trainer.front.sessions import POLICY_SLOT, Ledger, Request
+from homefire.wire.errors import (
+    DigestMismatch,
+    ErrorRecord,
+    HomefireError,
+    ReplayDivergence,
+    StorageFailed,
+    UnknownSnapshot,
+)
+from homefire.wire.manifest import CheckpointFamily
+from homefire.wire.specs import TrainerSpec
+
+_CHANGING = frozenset(OperationKind) - {
+    OperationKind.FORWARD,
+    OperationKind.SAVE_WEIGHTS,
+    OperationKind.UNLOAD_MODEL,
+    OperationKind.LOAD_ADAPTER,
+}
+
+
+@dataclass
+class Recovered:
+    point: str | None = None
+    """The recovery point that was loaded; None: from the base model."""
+    num_replayed: int = 0
+    divergences: list[str] = field(default_factory=list[str])
+
+
+class Recovery:
+    """Brings one engine up to the journal's end. `progress(done, total)` is called on the way."""
+
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        ledger: Ledger,
+        store: CheckpointStore,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._spec = spec
+        self._ledger = ledger
+        self._store = store
+        self._progress = progress
+        self._journal = journal_directory(spec)
+
+    async def run(self, model: LiveModel) -> Recovered:
+        """Raises DigestMismatch when no usable point is left and the journal was trimmed."""
+        point = await self._load_newest_point(model)
+        recovered = Recovered(point.name if point else None)
+        start = point.position if point else 0
+        history = await asyncio.to_thread(_completed_after, self._journal, start)
+        self._check_complete(history, start)
+        payloads = await asyncio.to_thread(
+            _accepted, self._journal, {c.request_id for c in history}
+        )
+        for done, completed in enumerate(history):
+            self._progress(done, len(history))
+            await self._replay(model, payloads.get(completed.request_id), completed, recovered)
+        return recovered
+
+    async def _load_newest_point(self, model: LiveModel) -> PointTaken | None:
+        damaged: HomefireError | None = None
+        for point in reversed(self._ledger.points):
+            directory = recovery_directory(self._spec) / point.name
+            if not directory.is_dir():
+                continue
+            try:
+                await model.load_recovery(directory)
+            except (DigestMismatch, StorageFailed) as error:
+                damaged = error
+                continue
+            return point
+        if damaged is not None and not _reaches_back(self._journal):
+            raise damaged
+        return None
+
+    def _check_complete(self, history: list[Completed], start: int) -> None:
+        expected = self._ledger.position - start
+        if len(history) != expected:
+            raise DigestMismatch(
+                f"the journal has {len(history)} of the {expected} operations after {start}",
+                hint="the job's recovery points are missing or damaged; branch from a checkpoint",
+            )
+
+    async def _replay(
+        self,
+        model: LiveModel,
+        accepted: Accepted | None,
+        completed: Completed,
+        recovered: Recovered,
+    ) -> None:
+        if accepted is None or accepted.kind not in _CHANGING:
+            return
+        operation = operations.decode(accepted.operation)
+        if not completed.ok:
+            await self._replay_failure(model, operation, completed)
+            return
+        recovered.num_replayed += 1
+        outcome = await self._replay_success(model, accepted, operation)
+        if outcome is not None:
+            recovered.divergences += _compare(accepted, outcome, completed)
+
+    async def _replay_failure(
+        self, model: LiveModel, operation: Operation, completed: Completed
+    ) -> None:
+        if isinstance(operation, CreateHandle):
+            await _attach_again(model, operation)
+        if completed.discarded:
+            await model.discard_gradients()
+
+    async def _replay_success(
+        self, model: LiveModel, accepted: Accepted, operation: Operation
+    ) -> Outcome | None:
+        match operation:
+            case SaveSnapshot():
+                return await self._adopt(model, operation)
+            case RunPass() | StepOptimizer() | LoadTrainState() | CreateHandle():
+                handle = self._ledger.handles[accepted.model_id]
+                return await model.run(_request(accepted), operation, handle)
+            case _:
+                return None
+
+    async def _adopt(self, model: LiveModel, operation: SaveSnapshot) -> Outcome | None:
+        """A snapshot that was deleted since is nobody's parent any more."""
+        spec = self._spec
+        where = (spec.account, spec.job, POLICY_SLOT, CheckpointFamily.SAMPLER)
+        key = CheckpointKey(*where, operation.name)
+        if not await asyncio.to_thread(self._store.exists, key):
+            return None
+        try:
+            await model.adopt_snapshot(operation.name)
+        except UnknownSnapshot:
+            return None
+        except HomefireError as error:
+            return _failed(error)
+        return None
+
+
+def journal_directory(spec: TrainerSpec) -> Path:
+    return Path(spec.job_dir) / "journal"
+
+
+def recovery_directory(spec: TrainerSpec) -> Path:
+    return Path(spec.job_dir) / "recovery"
+
+
+def divergence(recovered: Recovered) -> ReplayDivergence:
+    count = len(recovered.divergences)
+    return ReplayDivergence(
+        f"{count} replayed operations differ from what was answered: {recovered.divergences[0]}",
+        hint="on an accelerator small differences are expected; on CPU this is a defect to report",
+    )
+
+
+async def _attach_again(model: LiveModel, operation: CreateHandle) -> None:
+    """What failed may have been the load after the slot was opened; the rest was in vain twice."""
+    try:
+        await model.attach(operation)
+    except HomefireError:
+        return
+
+
+def _failed(error: HomefireError) -> Outcome:
+    return Outcome(FailedResult(ErrorRecord.of(error)))
+
+
+def _request(accepted: Accepted) -> Request:
+    return Request(
+        accepted.request_id,
+        accepted.model_id,
+        accepted.seq,
+        accepted.kind,
+        accepted.operation,
+        accepted.plan,
+        segment=0,
+    )
+
+
+def _compare(accepted: Accepted, outcome: Outcome, completed: Completed) -> Iterator[str]:
+    """Describes a difference between a replayed result and the journaled one, if there is one."""
+    first, again = decode_result(completed.result), outcome.result
+    what = f"{accepted.kind.value} {accepted.seq or ''} of {accepted.model_id}"
+    if isinstance(again, FailedResult):
+        yield f"{what} now fails: {again.error.message}"
+    elif isinstance(first, PassResult) and isinstance(again, PassResult):
+        if first.output.logprobs != again.output.logprobs:
+            yield f"{what}: logprobs differ"
+        elif first.output.metrics != again.output.metrics:
+            yield f"{what}: metrics differ"
+    elif isinstance(first, PlainResult) and first != again:
+        yield f"{what}: the result differs"
+
+
+def _completed_after(directory: Path, position: int) -> list[Completed]:
+    records = (record for _, record in read_journal(directory))
+    return [r for r in records if isinstance(r, Completed) and r.position > position]
+
+
+def _accepted(directory: Path, request_ids: set[str]) -> dict[str, Accepted]:
+    records = (record for _, record in read_journal(directory))
+    wanted = (r for r in records if isinstance(r, Accepted) and r.request_id in request_ids)
+    return {record.request_id: record for record in wanted}
+
+
+def _reaches_back(directory: Path) -> bool:
+    """Whether the journal still has the first operation."""
+    return any(isinstance(r, Completed) and r.position == 1 for _, r in read_journal(directory))

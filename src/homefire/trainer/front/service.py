@@ -1,0 +1,107 @@
+"""The trainer front, put together: journal, ledger, admission, and the worker with its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from homefire.checkpoints import CheckpointStore, DirectoryStore
+from homefire.foundation.clock import Clock, SystemClock
+from homefire.foundation.events import EventLog
+from homefire.trainer.front.admission import Admission
+from homefire.trainer.front.engine_process import Engine, EngineProcess
+from homefire.trainer.front.futures import Futures
+from homefire.trainer.front.journal import Journal, read_journal
+from homefire.trainer.front.live_model import LiveModel, open_model
+from homefire.trainer.front.records import Reopened
+from homefire.trainer.front.recovery import Recovery, journal_directory
+from homefire.trainer.front.recovery_points import RecoveryPoints
+from homefire.trainer.front.sessions import Ledger
+from homefire.trainer.front.status import StatusBoard
+from homefire.trainer.front.worker import Worker
+from homefire.wire.specs import TrainerSpec
+
+
+class Front:
+    """One trainer job. `start`, then requests by way of `admission`, then `stop`."""
+
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        clock: Clock | None = None,
+        start_engine: Callable[[], Awaitable[Engine]] | None = None,
+    ) -> None:
+        """`start_engine` starts another kind of engine than the spec's process."""
+        self.spec = spec
+        self.clock = clock or SystemClock()
+        self._start_engine = start_engine or self._start_process
+        self.closing = asyncio.Event()
+        """Set when nothing more will happen: long polls answer at once."""
+        self.store: CheckpointStore = DirectoryStore(Path(spec.store_root), self.clock)
+        self.futures = Futures(self.clock)
+        self.ledger = Ledger(self.futures)
+        self.journal = Journal(journal_directory(spec), self.ledger.apply)
+        self.events = EventLog(Path(spec.job_dir) / "events.jsonl", self.clock)
+        self.status = StatusBoard(self.ledger, nonce=spec.nonce)
+        self._points = RecoveryPoints(
+            spec, self.clock, self.ledger, self.futures, self.journal, self.events
+        )
+        self.worker = self._make_worker()
+        self.admission = Admission(
+            spec, self.clock, self.ledger, self.futures, self.journal, self.worker.wake
+        )
+
+    async def start(self) -> None:
+        """Returns when requests can be accepted; the engine comes up behind. Raises DigestMismatch
+        for a damaged journal."""
+        await asyncio.to_thread(self._read_journal)
+        await self.journal.append(Reopened(os.getpid(), self.clock.now()))
+        self.events.append("started", pid=os.getpid(), num_waiting=len(self.ledger.requests))
+        await self._points.delete_leftovers()
+        self.admission.gaps.watch_all()
+        self.worker.start()
+
+    async def stop(self) -> None:
+        """The running operation finishes, a recovery point is taken, the engine ends."""
+        await self.worker.stop()
+        self.closing.set()
+        self.status.progress("stopped")
+
+    async def close(self) -> None:
+        """After the last request."""
+        if not self.closing.is_set():
+            await self.stop()
+        self.admission.gaps.close()
+        await self.journal.close()
+        self.events.close()
+
+    def _read_journal(self) -> None:
+        self.journal.open()
+        for segment, record in read_journal(self.journal.directory):
+            self.ledger.apply(record, segment)
+
+    def _make_worker(self) -> Worker:
+        return Worker(
+            clock=self.clock,
+            ledger=self.ledger,
+            futures=self.futures,
+            journal=self.journal,
+            events=self.events,
+            status=self.status,
+            points=self._points,
+            recovery=Recovery(self.spec, self.ledger, self.store, self._note_progress),
+            start_engine=self._start_engine,
+            open_model=self._open_model,
+        )
+
+    async def _start_process(self) -> Engine:
+        log = Path(self.spec.job_dir) / "engine.log"
+        return await EngineProcess.start(self.spec.engine, threads=self.spec.threads, log=log)
+
+    async def _open_model(self, engine: Engine) -> LiveModel:
+        return await open_model(engine, self.spec, self.store)
+
+    def _note_progress(self, done: int, total: int) -> None:
+        self.status.progress(f"operation {done} of {total}")

@@ -1,0 +1,267 @@
+"""A forward or forward_backward is checked whole before the engine sees any of it.
+
+Errors name the datum, the field and the remedy. What passes becomes one `Batch` of packed arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from homefire.wire.engine import Array, Arrays
+from homefire.wire.errors import (
+    InvalidArgument,
+    LengthMismatch,
+    SequenceTooLong,
+    TokenOutOfRange,
+    UnknownLoss,
+    Unsupported,
+)
+from homefire.wire.tinker import Pass, Row
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function takes per datum, beside `target_tokens`."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    takes_any_input: bool = False
+    """Unknown inputs are ignored: tinker 0.15 sends all a datum has with its custom losses."""
+
+
+_THRESHOLDS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+LOSSES = {
+    "cross_entropy": Loss(optional=("weights",), takes_any_input=True),
+    "importance_sampling": Loss(required=("logprobs", "advantages")),
+    "ppo": Loss(
+        required=("logprobs", "advantages"),
+        optional=tuple(_THRESHOLDS),
+        config=tuple(_THRESHOLDS),
+    ),
+}
+REFUSED_LOSSES = frozenset(
+    {"cispo", "dro", "dapo", "gspo", "dppo", "reinforce", "stable_reinforce", "custom"}
+)
+"""Losses of the protocol that this version does not compute."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    vocab_size: int
+    max_context_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays as `homefire.wire.engine` describes them, and the target shape of each row."""
+
+    arrays: Arrays
+    shapes: list[tuple[int, ...]]
+
+    def unpack(self, logprobs: Array) -> bytes:
+        """The engine's [T, K] as the rows' own shapes, end to end, float32.
+
+        A row with fewer targets per token than the widest had the rest padded away.
+        """
+        width = logprobs.shape[1]
+        if all(math.prod(shape[1:]) == width for shape in self.shapes):
+            return np.ascontiguousarray(logprobs, dtype=np.float32).tobytes()
+        ends = np.cumsum([shape[0] for shape in self.shapes])
+        rows = np.split(logprobs, ends[:-1])
+        return b"".join(
+            np.ascontiguousarray(row[:, : math.prod(shape[1:])], dtype=np.float32).tobytes()
+            for row, shape in zip(rows, self.shapes, strict=True)
+        )
+
+
+def check_batch(body: Pass, limits: Limits) -> Batch:
+    """The whole request, or the first thing that is wrong with it as a UserError."""
+    loss = _check_loss(body)
+    if not body.rows:
+        raise InvalidArgument("data is empty", hint="send at least one datum", field="data")
+    for index, row in enumerate(body.rows):
+        _check_tokens(row, index, limits)
+        _check_inputs(row, index, loss, limits, body.loss_fn)
+    return _pack(body, loss)
+
+
+def _check_loss(body: Pass) -> Loss:
+    known = ", ".join(LOSSES)
+    if body.loss_fn in REFUSED_LOSSES:
+        raise Unsupported(
+            f"loss_fn {body.loss_fn!r} is not supported by this version",
+            hint=f"use {known}, or forward_backward_custom",
+            field="loss_fn",
+        )
+    loss = LOSSES.get(body.loss_fn)
+    if loss is None:
+        raise UnknownLoss(
+            f"loss_fn {body.loss_fn!r} is unknown", hint=f"use {known}", field="loss_fn"
+        )
+    for name, value in body.loss_fn_config.items():
+        _check_config(body.loss_fn, loss, name, value)
+    return loss
+
+
+def _check_config(loss_fn: str, loss: Loss, name: str, value: float | str) -> None:
+    field = f"loss_fn_config.{name}"
+    if name not in loss.config:
+        allowed = ", ".join(loss.config) or "nothing"
+        raise InvalidArgument(
+            f"loss_fn_config has {name!r}, which {loss_fn} does not take",
+            hint=f"it takes {allowed}",
+            field=field,
+        )
+    if isinstance(value, str) or not math.isfinite(value):
+        raise InvalidArgument(f"{field} is {value!r}", hint="use a finite number", field=field)
+
+
+def _check_tokens(row: Row, index: int, limits: Limits) -> None:
+    field = f"data[{index}].model_input"
+    if row.foreign_chunks:
+        kinds = ", ".join(sorted(set(row.foreign_chunks)))
+        raise Unsupported(f"{field} has chunks of type {kinds}", hint="send text only", field=field)
+    if row.num_tokens == 0:
+        raise InvalidArgument(f"{field} has no tokens", field=field)
+    if row.num_tokens > limits.max_context_length:
+        raise SequenceTooLong(
+            f"{field} has {row.num_tokens} tokens, the context length is {limits.max_context_length}",
+            hint="cut the sequence, or train with a shape of longer context",
+            field=field,
+        )
+    _check_vocabulary(np.frombuffer(row.tokens, dtype=np.int32), field, limits)
+
+
+def _check_vocabulary(tokens: Array, field: str, limits: Limits) -> None:
+    wrong = (tokens < 0) | (tokens >= limits.vocab_size)
+    if wrong.any():
+        at = int(np.argmax(wrong.reshape(-1)))
+        raise TokenOutOfRange(
+            f"{field} has token {int(tokens.reshape(-1)[at])} at {at}",
+            hint=f"token ids of this model are 0 to {limits.vocab_size - 1}; is it the right tokenizer?",
+            field=field,
+        )
+
+
+def _check_inputs(row: Row, index: int, loss: Loss, limits: Limits, loss_fn: str) -> None:
+    where = f"data[{index}].loss_fn_inputs"
+    for name in ("target_tokens", *loss.required):
+        if name not in row.inputs:
+            raise InvalidArgument(
+                f"{where} lacks {name!r}, which {loss_fn} needs", field=f"{where}.{name}"
+            )
+    used = ("target_tokens", *loss.required, *loss.optional)
+    unknown = sorted(set(row.inputs) - set(used))
+    if unknown and not loss.takes_any_input:
+        raise InvalidArgument(
+            f"{where} has {unknown[0]!r}, which {loss_fn} does not take",
+            hint=f"it takes {', '.join(used)}; mask tokens with zero advantages",
+            field=f"{where}.{unknown[0]}",
+        )
+    _check_targets(row, where, loss, limits)
+    for name in set(used[1:]) & set(row.inputs):
+        _check_input(row, name, where)
+
+
+def _check_targets(row: Row, where: str, loss: Loss, limits: Limits) -> None:
+    field = f"{where}.target_tokens"
+    targets = row.inputs["target_tokens"]
+    if targets.dtype != "int64":
+        raise InvalidArgument(f"{field} has dtype {targets.dtype}", hint="use int64", field=field)
+    num_axes = len(targets.shape)
+    if num_axes not in ((1, 2) if loss.takes_any_input else (1,)) or 0 in targets.shape[1:]:
+        hint = "use one target per token, or [tokens, targets] with cross_entropy"
+        raise InvalidArgument(f"{field} has shape {list(targets.shape)}", hint=hint, field=field)
+    if targets.shape[0] != row.num_tokens:
+        raise LengthMismatch(
+            f"{field} has {targets.shape[0]} targets, model_input has {row.num_tokens} tokens",
+            hint="the input is full[:-1], the targets are full[1:]",
+            field=field,
+        )
+    _check_vocabulary(targets.array(), field, limits)
+
+
+def _check_input(row: Row, name: str, where: str) -> None:
+    field = f"{where}.{name}"
+    value, targets = row.inputs[name], row.inputs["target_tokens"]
+    if value.shape != targets.shape:
+        raise LengthMismatch(
+            f"{field} has shape {list(value.shape)}, target_tokens has {list(targets.shape)}",
+            hint="one value per target",
+            field=field,
+        )
+    if not np.isfinite(value.array()).all():
+        raise InvalidArgument(f"{field} holds NaN or Inf", hint="use finite numbers", field=field)
+
+
+# Packing -------------------------------------------------------------------------------------
+
+
+def _pack(body: Pass, loss: Loss) -> Batch:
+    """Axes: T tokens of all rows end to end, K targets per token."""
+    shapes = [row.inputs["target_tokens"].shape for row in body.rows]
+    arrays: Arrays = {
+        "tokens": np.frombuffer(b"".join(row.tokens for row in body.rows), dtype=np.int32),
+        "lengths": np.array([row.num_tokens for row in body.rows], dtype=np.int32),
+        "target_tokens": _pack_targets(body.rows),
+    }
+    if body.loss_fn == "cross_entropy":
+        arrays["weights"] = _pack_weights(body.rows, arrays["target_tokens"].shape[1])
+    for name in loss.required:
+        arrays[name] = _concatenate(body.rows, lambda row, name=name: row.inputs[name].array())
+    for name in _given_thresholds(body.rows, loss):
+        arrays[name] = _pack_threshold(body, name)
+    return Batch(arrays, shapes)
+
+
+def _pack_targets(rows: Sequence[Row]) -> Array:
+    parts = [_as_matrix(row.inputs["target_tokens"].array()) for row in rows]
+    return _stack(parts).astype(np.int64, copy=False)
+
+
+def _pack_weights(rows: Sequence[Row], width: int) -> Array:
+    """float32 [T, K]; absent weights are 1, padded targets have 0."""
+    parts = [_as_matrix(_weights(row)) for row in rows]
+    stacked = _stack(parts)
+    return np.pad(stacked, ((0, 0), (0, width - stacked.shape[1]))).astype(np.float32, copy=False)
+
+
+def _weights(row: Row) -> Array:
+    given = row.inputs.get("weights")
+    return np.ones(row.inputs["target_tokens"].shape) if given is None else given.array()
+
+
+def _as_matrix(array: Array) -> Array:
+    return array.reshape(array.shape[0], -1)
+
+
+def _stack(parts: Sequence[Array]) -> Array:
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in parts])
+
+
+def _concatenate(rows: Sequence[Row], values_of: Callable[[Row], Array]) -> Array:
+    return np.concatenate([values_of(row).reshape(-1) for row in rows]).astype(
+        np.float32, copy=False
+    )
+
+
+def _given_thresholds(rows: Sequence[Row], loss: Loss) -> list[str]:
+    names = [name for name in loss.optional if name in _THRESHOLDS]
+    return [name for name in names if any(name in row.inputs for row in rows)]
+
+
+def _pack_threshold(body: Pass, name: str) -> Array:
+    """Per token: the datum's own, else the configured one."""
+    common = float(body.loss_fn_config.get(name, _THRESHOLDS[name]))
+
+    def values_of(row: Row) -> Array:
+        given = row.inputs.get(name)
+        return np.full(row.num_tokens, common) if given is None else given.array()
+
+    return _concatenate(body.rows, values_of)

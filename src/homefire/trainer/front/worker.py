@@ -1,0 +1,312 @@
+"""The loop that owns the engine: bring it up, run what is queued, in order, until told to stop.
+
+bring up (start, load, recover) -> next request -> run -> journal the result -> …
+             ^                                      |
+             └──────────── the engine died ─────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from homefire.foundation.clock import Clock
+from homefire.foundation.events import EventLog
+from homefire.foundation.failpoints import failpoint
+from homefire.trainer.front import operations
+from homefire.trainer.front.engine_process import Engine, EngineDied
+from homefire.trainer.front.futures import Futures
+from homefire.trainer.front.journal import Journal
+from homefire.trainer.front.live_model import LiveModel, Outcome
+from homefire.trainer.front.operations import Operation, OperationKind
+from homefire.trainer.front.records import Completed, Handle, encode_result
+from homefire.trainer.front.recovery import Recovered, Recovery, divergence
+from homefire.trainer.front.recovery_points import RecoveryPoints
+from homefire.trainer.front.sessions import Ledger, Request, refusal_of
+from homefire.trainer.front.status import StatusBoard
+from homefire.wire.errors import (
+    EngineFailed,
+    ErrorRecord,
+    HomefireError,
+    IncompleteGradient,
+    InternalError,
+    SequenceGap,
+    StorageFailed,
+)
+from homefire.wire.internal import TrainerState
+
+log = logging.getLogger(__name__)
+_MAX_DEATHS_PER_REQUEST = 2
+_MAX_FAILED_STARTS = 3
+_STORAGE_RETRY_S = 1.0
+_FORGET_EVERY_S = 30.0
+
+OpenModel = Callable[[Engine], Awaitable[LiveModel]]
+
+
+class Worker:
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        ledger: Ledger,
+        futures: Futures,
+        journal: Journal,
+        events: EventLog,
+        status: StatusBoard,
+        points: RecoveryPoints,
+        recovery: Recovery,
+        start_engine: Callable[[], Awaitable[Engine]],
+        open_model: OpenModel,
+    ) -> None:
+        self._clock = clock
+        self._ledger = ledger
+        self._futures = futures
+        self._journal = journal
+        self._events = events
+        self._status = status
+        self._points = points
+        self._recovery = recovery
+        self._start_engine = start_engine
+        self._open_model = open_model
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._deaths: Counter[str] = Counter()
+        self._forgot_at = clock.monotonic()
+        self._task: asyncio.Task[None] | None = None
+        self.model: LiveModel | None = None
+        """While operations run."""
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        """Something was queued."""
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """Finishes the running operation, takes a recovery point and ends the engine."""
+        self._stopping = True
+        self._wake.set()
+        if self._status.state is not TrainerState.FAILED:
+            self._status.enter(TrainerState.STOPPING)
+        if self._task is None:
+            return
+        if self.model is None:
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        failed_starts = 0
+        while not self._stopping:
+            engine: Engine | None = None
+            try:
+                engine = await self._start_engine()
+                self.model = await self._bring_up(engine)
+                failed_starts = 0
+                await self._serve(self.model)
+            except EngineDied as died:
+                failed_starts = await self._note_death(died, engine, failed_starts)
+            except HomefireError as error:
+                self._give_up(error)
+            except Exception as exc:
+                log.exception("the worker broke")
+                self._give_up(InternalError(f"{type(exc).__name__}: {exc}", hint="see the log"))
+            finally:
+                self.model = None
+                if engine is not None:
+                    await engine.kill()
+            if self._status.state is TrainerState.FAILED:
+                return
+
+    # Bringing the engine up ------------------------------------------------------------------
+
+    async def _bring_up(self, engine: Engine) -> LiveModel:
+        self._status.enter(TrainerState.STARTING)
+        started = self._clock.monotonic()
+        model = await self._open_model(engine)
+        self._events.append("engine_started", pid=engine.pid, seconds=self._seconds_since(started))
+        if self._ledger.position:
+            self._status.enter(TrainerState.RECOVERING)
+            self._note_recovery(await self._recovery.run(model), started)
+        self._status.enter(TrainerState.READY)
+        return model
+
+    def _note_recovery(self, recovered: Recovered, started: float) -> None:
+        self._events.append(
+            "recovered",
+            point=recovered.point,
+            replayed=recovered.num_replayed,
+            divergences=recovered.divergences[:10],
+            seconds=self._seconds_since(started),
+        )
+        self._status.count_replayed(recovered.num_replayed)
+        if recovered.divergences:
+            error = divergence(recovered)
+            log.error("%s", error)
+            self._status.report(ErrorRecord.of(error))
+
+    async def _note_death(self, died: EngineDied, engine: Engine | None, failed_starts: int) -> int:
+        """Restarts are counted until one succeeds: an engine that cannot come up is given up."""
+        exit_status = await engine.kill() if engine else None
+        log.error("%s (exit status %s)", died, exit_status)
+        self._events.append("engine_died", detail=str(died), exit_status=exit_status)
+        self._status.count_restart()
+        failed_starts = 0 if self.model else failed_starts + 1
+        if failed_starts >= _MAX_FAILED_STARTS:
+            message = f"the engine died {failed_starts} times while starting: {died}"
+            self._give_up(EngineFailed(message, hint="see engine.log of the job"))
+        return failed_starts
+
+    def _give_up(self, error: HomefireError) -> None:
+        log.error("the trainer stands still: %s", error)
+        self._status.failed(ErrorRecord.of(error))
+
+    # Running ---------------------------------------------------------------------------------
+
+    async def _serve(self, model: LiveModel) -> None:
+        exited = asyncio.create_task(model.engine.wait())
+        exited.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not self._stopping:
+                if self._ledger.queue:
+                    await self._run_next(model)
+                else:
+                    await self._wait_for_work()
+                if exited.done() and not self._stopping:
+                    raise EngineDied("the engine died while idle")
+                await self._keep_house(model)
+        finally:
+            exited.cancel()
+        if self._points.is_dirty:
+            await self._take_point(model)
+        await model.engine.shut_down()
+
+    async def _wait_for_work(self) -> None:
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(self._points.due_in_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    async def _keep_house(self, model: LiveModel) -> None:
+        now = self._clock.monotonic()
+        if now - self._forgot_at > _FORGET_EVERY_S:
+            self._forgot_at = now
+            self._ledger.forget(self._futures.forget_old())
+        if self._points.due_in_s == 0.0:
+            await self._take_point(model)
+
+    async def _take_point(self, model: LiveModel) -> None:
+        """Failing to is no reason to stop: the journal still has everything."""
+        try:
+            await self._points.take(model)
+        except HomefireError as error:
+            log.warning("no recovery point could be taken: %s", error)
+            self._status.report(ErrorRecord.of(error))
+
+    async def _run_next(self, model: LiveModel) -> None:
+        request = self._ledger.requests[self._ledger.queue[0]]
+        handle = self._ledger.handles[request.model_id]
+        operation = operations.decode(request.operation)
+        started = self._clock.monotonic()
+        try:
+            outcome = await self._outcome(model, request, operation, handle)
+        except EngineDied:
+            self._deaths[request.request_id] += 1
+            raise
+        await self._complete(model, request, outcome)
+        self._tell(request, outcome, model, ms=1000 * self._seconds_since(started))
+
+    async def _outcome(
+        self, model: LiveModel, request: Request, operation: Operation, handle: Handle
+    ) -> Outcome:
+        refusal = self._refusal(request, handle)
+        if refusal is not None:
+            return await model.fail(operation, handle, refusal)
+        try:
+            return await model.run(request, operation, handle)
+        except EngineDied:
+            raise
+        except Exception as exc:
+            log.exception("request %s broke", request.request_id)
+            error = InternalError(f"{type(exc).__name__}: {exc}", hint="see the trainer's log")
+            return await model.fail(operation, handle, error)
+
+    def _refusal(self, request: Request, handle: Handle) -> HomefireError | None:
+        """Why a request must not even be tried."""
+        if self._deaths[request.request_id] >= _MAX_DEATHS_PER_REQUEST:
+            return EngineFailed(
+                f"the engine died {_MAX_DEATHS_PER_REQUEST} times during this request",
+                hint="make the batch smaller; see engine.log of the job",
+            )
+        if request.kind is OperationKind.CREATE_MODEL:
+            return None
+        return refusal_of(handle) or _broken_order(request, handle)
+
+    async def _complete(self, model: LiveModel, request: Request, outcome: Outcome) -> None:
+        """The result becomes history. A full disk holds everything up here, and loses nothing."""
+        failpoint("journal.before_applied")
+        record = Completed(
+            request_id=request.request_id,
+            position=self._ledger.position + 1,
+            result=encode_result(outcome.result),
+            ok=outcome.error is None,
+            step=model.step,
+            discarded=outcome.discarded,
+            at=self._clock.now(),
+        )
+        while True:
+            try:
+                await self._journal.append(record)
+                break
+            except StorageFailed as error:
+                if self._stopping:
+                    raise
+                log.error("%s; trying again", error)
+                self._status.progress(str(error))
+                await asyncio.sleep(_STORAGE_RETRY_S)
+        self._deaths.pop(request.request_id, None)
+
+    def _tell(self, request: Request, outcome: Outcome, model: LiveModel, *, ms: float) -> None:
+        common = {"model_id": request.model_id, "seq_id": request.seq, "step": model.step}
+        if outcome.error is not None:
+            error = outcome.error
+            fields = {"kind": request.kind, "code": error.code, "message": error.message}
+            self._events.append("request_failed", **common, **fields)
+        elif outcome.event:
+            self._events.append(outcome.event, **common, ms=round(ms, 2), **outcome.fields)
+            if request.kind is OperationKind.CREATE_MODEL:
+                self._tell_fencing(request, outcome)
+
+    def _tell_fencing(self, request: Request, outcome: Outcome) -> None:
+        handle = self._ledger.handles[request.model_id]
+        who = {"session_id": handle.session_id, "slot": handle.slot, "by": handle.model_id}
+        for model_id in handle.fenced:
+            self._events.append("superseded", model_id=model_id, **who)
+        if outcome.fields.get("num_backward_calls"):
+            counts = {k: outcome.fields[k] for k in ("num_backward_calls", "num_loss_tokens")}
+            model_id = handle.fenced[-1] if handle.fenced else handle.model_id
+            self._events.append("gradients_discarded", model_id=model_id, **who, **counts)
+
+    def _seconds_since(self, started: float) -> float:
+        return round(self._clock.monotonic() - started, 6)
+
+
+def _broken_order(request: Request, handle: Handle) -> HomefireError | None:
+    if request.missing is not None:
+        late = request.missing == request.seq
+        why = "came too late" if late else f"never arrived, so {request.seq} cannot run"
+        return SequenceGap(
+            f"seq_id {request.missing} of {handle.model_id} {why}",
+            hint="the gradient was cleared where a step was due; send the step's data again",
+        )
+    if request.kind is OperationKind.OPTIM_STEP and handle.hole is not None:
+        return IncompleteGradient(
+            f"the gradient lacks seq_id {handle.hole.seq} ({handle.hole.why}); it was cleared, not stepped",
+            hint="send all of the step's forward_backward calls again",
+        )
+    return None

@@ -1,0 +1,160 @@
+"""Deaths of the trainer front and of its engine, as real processes: nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults.front_process import FrontProcess, digest, submit_step, train
+
+STEPS = 6
+END = 3 * STEPS + 1
+"""The seq behind the last step."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., FrontProcess]]:
+    """Fronts on directories of their own, ended at the end."""
+    started: list[FrontProcess] = []
+
+    def begin(**options: Any) -> FrontProcess:
+        started.append(FrontProcess(tmp_path / str(len(started)), **options))
+        return started[-1]
+
+    yield begin
+    for front in started:
+        front.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest after all steps when nothing dies."""
+    front = FrontProcess(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        model = front.model()
+        train(front, model, steps=range(STEPS))
+        return digest(front, model, seq=END)
+    finally:
+        front.close()
+
+
+def assert_as_if_nothing_had_happened(front: FrontProcess, model: str, undisturbed: str) -> None:
+    assert digest(front, model, seq=END) == undisturbed
+    status = front.status()
+    assert status.error is None
+    assert (status.step, status.num_applied) == (STEPS, 3 * STEPS + 2)
+
+
+def test_an_engine_killed_between_operations_leaves_the_same_weights(start, undisturbed) -> None:
+    front = start()
+    model = front.model()
+    train(front, model, steps=range(2))
+    front.kill_engine()
+    train(front, model, steps=range(2, 4))
+    front.await_restarted_engine(restarts=1)
+    front.kill_engine()
+    results = train(front, model, steps=range(4, STEPS))
+    assert [result["step"] for result in results] == [5, 6]
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.status().engine_restarts == 2
+    assert front.num_starts == 1
+
+
+def test_an_engine_killed_with_a_long_queue_leaves_the_same_weights(start, undisturbed) -> None:
+    front = start()
+    model = front.model()
+    results = []
+    for restarts, half in enumerate((range(3), range(3, STEPS)), start=1):
+        accepted = [submit_step(front, model, step) for step in half]
+        front.kill_engine()
+        front.await_restarted_engine(restarts=restarts)
+        results += [front.result(requests[-1]) for requests in accepted]
+    assert [result["step"] for result in results] == [1, 2, 3, 4, 5, 6]
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.num_starts == 1
+
+
+def test_a_stop_finishes_with_zero_and_the_next_start_goes_on_at_the_same_step(
+    start, undisturbed
+) -> None:
+    front = start()
+    model = front.model()
+    train(front, model, steps=range(3))
+    assert front.stop() == 0
+    front.start_again()
+    train(front, model, steps=range(3, STEPS))
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.status().replayed == 0
+
+
+def test_a_front_killed_with_requests_in_flight_goes_on_with_the_same_client(
+    start, undisturbed
+) -> None:
+    front = start()
+    model = front.model()
+    train(front, model, steps=range(2))
+    assert front.stop(signal.SIGKILL) == -signal.SIGKILL
+    train(front, model, steps=range(2, STEPS))
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.num_starts == 2
+
+
+CELLS = [
+    f"{name}=kill@{count}"
+    for name, counts in {
+        "journal.before_fsync": (4, 11, 20),
+        "journal.after_fsync_before_ack": (1, 5, 12),
+        "journal.before_applied": (1, 3, 6),
+    }.items()
+    for count in counts
+]
+
+
+@pytest.mark.parametrize("failpoint", CELLS)
+def test_nothing_acknowledged_is_lost_or_done_twice(start, undisturbed, failpoint: str) -> None:
+    front = start(failpoints=failpoint)
+    model = front.model()
+    results = train(front, model, steps=range(STEPS))
+    assert [result["step"] for result in results] == list(range(1, STEPS + 1))
+    assert all(result["metrics"]["num_backward_calls"] == 2 for result in results)
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.num_starts == 2, "the failpoint was never reached"
+
+
+def test_a_front_killed_while_it_takes_a_recovery_point_has_the_one_before(
+    start, undisturbed
+) -> None:
+    front = start(failpoints="journal.before_fsync=kill@9", recovery_interval_s=0.0)
+    model = front.model()
+    train(front, model, steps=range(STEPS))
+    assert_as_if_nothing_had_happened(front, model, undisturbed)
+    assert front.num_starts == 2
+    recovery = Path(front.spec.job_dir) / "recovery"
+    assert len(list(recovery.iterdir())) <= 3
+
+
+def test_an_engine_ends_with_its_front(start) -> None:
+    front = start()
+    front.model()
+    ended = os.pidfd_open(front.events("engine_started")[-1]["pid"])
+    front.stop(signal.SIGKILL)
+    readable, _, _ = select.select([ended], [], [], 30)
+    os.close(ended)
+    assert readable == [ended]
+
+
+def test_a_front_that_has_trained_holds_neither_torch_nor_transformers(start) -> None:
+    front = start()
+    train(front, front.model(), steps=range(1))
+    assert "torch" not in Path(f"/proc/{front.process.pid}/maps").read_text()
+    code = "import sys, homefire.trainer.front.__main__; print({'torch', 'transformers'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

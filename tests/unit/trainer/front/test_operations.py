@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from homefire.trainer.front.operations import (
+    Refused,
+    RunPass,
+    SaveSnapshot,
+    StepOptimizer,
+    decode,
+    digest_of,
+    encode,
+    save_snapshot,
+    step_optimizer,
+)
+from homefire.wire.engine import AdamParams, GradNormalization
+from homefire.wire.tinker import OptimStepRequest, Pass, Row, SaveWeightsForSampler, TensorValue
+
+
+def optim_step(body: str) -> StepOptimizer | Refused:
+    request = '{"model_id":"m","seq_id":1,' + body + "}"
+    return step_optimizer(msgspec.json.decode(request, type=OptimStepRequest))
+
+
+def test_missing_adam_fields_have_the_protocols_defaults() -> None:
+    step = optim_step('"adam_params":{"learning_rate":0.5,"beta1":null}')
+    assert step == StepOptimizer(
+        AdamParams(learning_rate=0.5, beta1=0.9, beta2=0.95, eps=1e-12), GradNormalization.NONE
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '"adam_params":{},"grad_accumulation_normalization":"num_sequences"',
+        '"adam_params":{"grad_accumulation_normalization":"num_sequences"}',
+        '"optimizer_params":{"type":"adamw","grad_accumulation_normalization":"num_sequences"}',
+    ],
+)
+def test_the_normalization_is_found_where_any_client_puts_it(body: str) -> None:
+    assert optim_step(body) == StepOptimizer(AdamParams(), GradNormalization.NUM_SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ('"optimizer_params":{"type":"dimuon"}', "dimuon"),
+        ('"grad_accumulation_normalization":"mean"', "mean"),
+    ],
+)
+def test_an_unknown_optimizer_or_normalization_keeps_its_place_and_fails_there(
+    body: str, named: str
+) -> None:
+    refused = optim_step(body)
+    assert isinstance(refused, Refused)
+    assert named in refused.error.message
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ('"checkpoint_type":"delta"', "delta"),
+        ('"user_metadata":{"homefire.checkpoint_type":"delta","a":1}', "delta"),
+        ('"checkpoint_type":"base","user_metadata":{"homefire.checkpoint_type":"delta"}', "base"),
+        ('"kind":"snapshot"', "base"),
+    ],
+)
+def test_the_checkpoint_type_is_the_requests_then_the_metadatas_then_base(
+    body: str, expected: str
+) -> None:
+    request = '{"model_id":"m","seq_id":1,"path":"s",' + body + "}"
+    decoded = msgspec.json.decode(request, type=SaveWeightsForSampler)
+    operation = save_snapshot(decoded)
+    assert isinstance(operation, SaveSnapshot)
+    assert operation.checkpoint_type == expected
+
+
+def test_the_digest_does_not_depend_on_the_order_in_which_fields_came() -> None:
+    one, two = TensorValue("int64", (0,), b""), TensorValue("float32", (0,), b"")
+    first = RunPass(Pass(rows=[Row(b"", {"a": one, "b": two})], loss_fn="x"))
+    second = RunPass(Pass(rows=[Row(b"", {"b": two, "a": one})], loss_fn="x"))
+    assert digest_of(encode(first)) == digest_of(encode(second))
+    assert decode(encode(first)) == first

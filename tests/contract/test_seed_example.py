@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from homefire.checkpoints.tiny import ensure_tiny
 
 from contract.environments import FIREWORKS_1_2_0A68
 from homefire.checkpoints import DirectoryStore
+from homefire.checkpoints.tiny import ensure_tiny
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind
 
 HERE = Path(__file__).parent

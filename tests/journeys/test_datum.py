@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import tinker
 import torch
-from homefire.checkpoints.tiny import ensure_tiny
 from transformers import AutoModelForCausalLM
 
+from homefire.checkpoints.tiny import ensure_tiny
 from journeys.loop import BATCH, Loop, row, start_loop
 
 
@@ -89,6 +89,6 @@ def test_a_row_longer_than_the_context_is_refused_with_both_lengths(loop):
 def test_an_unknown_loss_is_refused_with_the_known_ones(loop):
     with pytest.raises(tinker.RequestFailedError, match="cross_entropy"):
         loop.client.forward_backward(BATCH, "no_such_loss").result()
-    with pytest.raises(tinker.RequestFailedError, match="incomplete|failed"):
+    with pytest.raises(tinker.RequestFailedError, match=r"incomplete|failed"):
         loop.client.optim_step(tinker.AdamParams()).result()
     loop.train()

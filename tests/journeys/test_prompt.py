@@ -7,10 +7,10 @@ import asyncio
 import httpx
 import pytest
 import torch
-from homefire.checkpoints.tiny import ensure_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from homefire.checkpoints import materialize
+from homefire.checkpoints.tiny import ensure_tiny
 from homefire.sdk import AdaptiveConcurrencyController
 from journeys.loop import Loop, start_loop
 

@@ -1,0 +1,1 @@
+"""The control plane's database: SQLite, one connection, one thread, all SQL in `statements`."""

@@ -1,0 +1,173 @@
+"""All SQL of homefire. Every value is bound, and a change of state names the state it leaves."""
+
+# --- keys -------------------------------------------------------------------------------------
+
+# A key is registered at every start; the second time changes nothing.
+REGISTER_KEY = """
+INSERT OR IGNORE INTO api_keys (sha256, account, created_at) VALUES (?, ?, ?)
+"""
+
+# The key in the home's file is the one that holds: an account's older keys are revoked.
+REVOKE_OTHER_KEYS = "DELETE FROM api_keys WHERE account = ? AND sha256 != ?"
+
+# All keys, for the gateway.
+KEYS = "SELECT sha256, account FROM api_keys ORDER BY created_at"
+
+# --- jobs -------------------------------------------------------------------------------------
+
+# A new job; a constraint error means that the id is taken.
+INSERT_JOB = """
+INSERT INTO jobs (id, account, state, message, config, supervision, created_at, updated_at)
+VALUES (:id, :account, :state, :message, :config, :supervision, :created_at, :updated_at)
+"""
+
+# One job, tombstones included.
+JOB = "SELECT * FROM jobs WHERE id = ?"
+
+# All jobs, oldest first: the order in which they are admitted.
+JOBS = "SELECT * FROM jobs ORDER BY created_at, id"
+
+# A transition. No row changed means that somebody else moved the job meanwhile.
+ADVANCE_JOB = """
+UPDATE jobs SET state = :to, message = :message, updated_at = :now, completed_at = :completed_at
+WHERE id = :id AND state = :state
+"""
+
+# Why a job stays where it is.
+NOTE_JOB = "UPDATE jobs SET message = :message, updated_at = :now WHERE id = :id AND state = :state"
+
+# What control knows about the job's process, whatever the state: a pid must never get lost.
+SUPERVISE_JOB = "UPDATE jobs SET supervision = :supervision WHERE id = :id"
+
+# --- deployments ------------------------------------------------------------------------------
+
+# A new deployment; a constraint error means that the id is taken.
+INSERT_DEPLOYMENT = """
+INSERT INTO deployments
+    (id, account, state, message, config, desired, purge, ledger_since, created_at, updated_at)
+VALUES
+    (:id, :account, :state, :message, :config, :desired, 0, 0, :created_at, :updated_at)
+"""
+
+# One deployment, tombstones included.
+DEPLOYMENT = "SELECT * FROM deployments WHERE id = ?"
+
+# All deployments, oldest first.
+DEPLOYMENTS = "SELECT * FROM deployments ORDER BY created_at, id"
+
+# A transition of a deployment.
+ADVANCE_DEPLOYMENT = """
+UPDATE deployments SET state = :to, message = :message, updated_at = :now
+WHERE id = :id AND state = :state
+"""
+
+# Why a deployment stays where it is.
+NOTE_DEPLOYMENT = """
+UPDATE deployments SET message = :message, updated_at = :now WHERE id = :id AND state = :state
+"""
+
+# What the user changed; the state may change with it (see ADVANCE_DEPLOYMENT).
+CONFIGURE_DEPLOYMENT = """
+UPDATE deployments SET config = :config, updated_at = :now WHERE id = :id AND state = :state
+"""
+
+# The weights that every replica has to serve from now on.
+DESIRE_WEIGHTS = """
+UPDATE deployments SET desired = :desired, updated_at = :now WHERE id = :id AND state = :state
+"""
+
+# Deletion was asked to leave no tombstone.
+MARK_PURGE = "UPDATE deployments SET purge = 1 WHERE id = ?"
+
+# The ledger before now is not shown any more.
+CLEAR_LEDGER = "UPDATE deployments SET ledger_since = :now WHERE id = :id"
+
+# A tombstone makes room for a new deployment of its id, and a purged one goes.
+REMOVE_DEPLOYMENT = "DELETE FROM deployments WHERE id = ? AND state = 'DELETED'"
+
+# --- replicas ---------------------------------------------------------------------------------
+
+# A replica is admitted: from now on it holds its part of the capacity.
+INSERT_REPLICA = """
+INSERT OR IGNORE INTO replicas (deployment, number, supervision, leaving)
+VALUES (:deployment, :number, :supervision, 0)
+"""
+
+# All replicas.
+REPLICAS = "SELECT * FROM replicas ORDER BY deployment, number"
+
+# One replica.
+REPLICA = "SELECT * FROM replicas WHERE deployment = ? AND number = ?"
+
+# What control knows about the replica's process.
+SUPERVISE_REPLICA = """
+UPDATE replicas SET supervision = :supervision
+WHERE deployment = :deployment AND number = :number
+"""
+
+# A replica that is not wanted any more and is being stopped.
+LEAVE_REPLICA = "UPDATE replicas SET leaving = 1 WHERE deployment = ? AND number = ?"
+
+# A replica's process has gone for good, and its capacity is free.
+REMOVE_REPLICA = "DELETE FROM replicas WHERE deployment = ? AND number = ?"
+
+# --- models and operations --------------------------------------------------------------------
+
+# A promotion begins; a constraint error means that the model's name is taken.
+INSERT_MODEL = """
+INSERT INTO models
+    (account, id, state, kind, source, operation, worker, digest, created_at)
+VALUES
+    (:account, :id, :state, :kind, :source, :operation, NULL, '', :created_at)
+"""
+
+# One promoted model.
+MODEL = "SELECT * FROM models WHERE account = ? AND id = ?"
+
+# All promoted models.
+MODELS = "SELECT * FROM models ORDER BY created_at, id"
+
+# The worker that writes the model's files, stored before it is started.
+SET_WORKER = "UPDATE models SET worker = :worker WHERE account = :account AND id = :id"
+
+# The model's files are there.
+FINISH_MODEL = """
+UPDATE models SET state = 'READY', kind = :kind, digest = :digest, worker = NULL
+WHERE account = :account AND id = :id AND state = 'UPLOADING'
+"""
+
+# A model that was deleted, or whose promotion failed.
+REMOVE_MODEL = "DELETE FROM models WHERE account = ? AND id = ?"
+
+# A promotion as the client follows it.
+INSERT_OPERATION = """
+INSERT INTO operations (name, account, done, error_code, error, model, created_at)
+VALUES (:name, :account, 0, '', '', :model, :created_at)
+"""
+
+# One operation.
+OPERATION = "SELECT * FROM operations WHERE name = ?"
+
+# The end of an operation; without an error it succeeded.
+FINISH_OPERATION = """
+UPDATE operations SET done = 1, error_code = :error_code, error = :error
+WHERE name = :name AND done = 0
+"""
+
+# --- records ----------------------------------------------------------------------------------
+
+# What a client evaluated.
+INSERT_EVALUATION = """
+INSERT INTO evaluations (id, account, job, at, entry) VALUES (:id, :account, :job, :at, :entry)
+"""
+
+# An account's evaluations, oldest first.
+EVALUATIONS = "SELECT * FROM evaluations WHERE account = ? ORDER BY at, id"
+
+# A client's row of a job's record.
+INSERT_CLIENT_METRICS = """
+INSERT INTO client_metrics (job, at, step, metrics) VALUES (:job, :at, :step, :metrics)
+"""
+
+# What clients added to a job's record, oldest first.
+CLIENT_METRICS = "SELECT * FROM client_metrics WHERE job = ? ORDER BY at, rowid"

@@ -1,0 +1,217 @@
+"""Rows as the resources that clients see. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from homefire.control.db.rows import (
+    BaseModel,
+    DeploymentRow,
+    EvaluationRow,
+    JobRow,
+    ModelRow,
+    OperationRow,
+    ReplicaRow,
+)
+from homefire.foundation.clock import rfc3339
+from homefire.wire.ids import checkpoint_name, deployment_name, job_name, model_name
+from homefire.wire.manifest import CheckpointKind, Manifest
+from homefire.wire.records import Evaluation, EvaluationEntry
+from homefire.wire.resources import (
+    BaseModelDetails,
+    CheckpointRow,
+    CheckpointType,
+    Deployment,
+    DeploymentState,
+    JobState,
+    Model,
+    ModelKind,
+    ModelState,
+    Operation,
+    PeftDetails,
+    Placement,
+    ReplicaStats,
+    Status,
+    TrainerJob,
+    TrainingConfig,
+)
+from homefire.wire.specs import TrainerMode
+
+_CODES = {
+    JobState.FAILED: "INTERNAL",
+    JobState.CANCELLED: "CANCELLED",
+    JobState.PENDING: "RESOURCE_EXHAUSTED",
+}
+
+
+def job_resource(job: JobRow, *, store: Path) -> TrainerJob:
+    config, request = job.config, job.config.request
+    return TrainerJob(
+        name=job_name(job.account, job.id),
+        display_name=request.display_name or "",
+        create_time=rfc3339(job.created_at),
+        update_time=rfc3339(job.updated_at),
+        completed_time=None if job.completed_at is None else rfc3339(job.completed_at),
+        state=job.state,
+        status=Status(_CODES.get(job.state, "OK"), _job_message(job)),
+        training_config=msgspec.structs.replace(
+            request.training_config,
+            base_model=config.base_model.name,
+            lora_rank=config.lora_rank,
+            max_context_length=config.max_context_length,
+        ),
+        training_shape=config.training_shape,
+        trainer_mode=config.mode,
+        dataset=request.dataset or "",
+        service_mode=request.service_mode is not False,
+        keep_alive=bool(request.keep_alive),
+        node_count=request.node_count or 1,
+        forward_only=config.mode is TrainerMode.FORWARD_ONLY,
+        hot_load_deployment_id=request.hot_load_deployment_id,
+        hot_load_bucket_url=bucket_url(store, job.account, job.id),
+        purpose=request.purpose,
+        managed_by=request.managed_by,
+    )
+
+
+def bucket_url(store: Path, account: str, job_id: str) -> str:
+    return f"file://{store}/{account}/{job_id}/"
+
+
+def _job_message(job: JobRow) -> str:
+    ignored = _recorded_only(job.config.request.training_config)
+    note = f"{' and '.join(ignored)} recorded, not applied: optim_step decides" if ignored else ""
+    return "; ".join(filter(None, [job.message, note]))
+
+
+def _recorded_only(config: TrainingConfig) -> list[str]:
+    ignored: list[str] = []
+    if config.learning_rate is not None:
+        ignored.append("learningRate")
+    if (config.gradient_accumulation_steps or 1) != 1:
+        ignored.append("gradientAccumulationSteps")
+    return ignored
+
+
+def deployment_resource(
+    deployment: DeploymentRow, replicas: Sequence[ReplicaRow], *, num_ready: int, store: Path
+) -> Deployment:
+    config = deployment.config
+    trainer = config.hot_load_trainer_job
+    return Deployment(
+        name=deployment_name(deployment.account, deployment.id),
+        display_name=config.display_name,
+        description=config.description,
+        create_time=rfc3339(deployment.created_at),
+        update_time=rfc3339(deployment.updated_at),
+        state=deployment.state,
+        status=_deployment_status(deployment),
+        base_model=config.base_model.name,
+        min_replica_count=config.min_replica_count,
+        max_replica_count=config.max_replica_count,
+        replica_count=len(replicas),
+        desired_replica_count=config.num_replicas,
+        replica_stats=ReplicaStats(
+            ready_replica_count=num_ready,
+            initializing_replica_count=max(0, len(replicas) - num_ready),
+        ),
+        enable_hot_load=config.enable_hot_load,
+        hot_load_bucket_type=config.hot_load_bucket_type,
+        hot_load_bucket_url=_bucket_of(trainer, store) if trainer else None,
+        hot_load_trainer_job=trainer,
+        hot_load_transition_type=config.hot_load_transition_type
+        or "HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED",
+        deployment_shape=config.deployment_shape,
+        accelerator_type=config.accelerator_type,
+        placement=Placement(config.region) if config.region else None,
+        for_training=config.for_training,
+        annotations=config.annotations,
+    )
+
+
+def _deployment_status(deployment: DeploymentRow) -> Status:
+    code = "INTERNAL" if deployment.state is DeploymentState.FAILED else "OK"
+    return Status(code, deployment.message)
+
+
+def _bucket_of(trainer_job: str, store: Path) -> str:
+    _, account, _, job_id = trainer_job.split("/")
+    return bucket_url(store, account, job_id)
+
+
+def checkpoint_row(manifest: Manifest) -> CheckpointRow:
+    created = rfc3339(manifest.created_at)
+    expires = manifest.expires_at
+    return CheckpointRow(
+        name=checkpoint_name(manifest.account, manifest.job, manifest.identity),
+        create_time=created,
+        update_time=created,
+        checkpoint_type=checkpoint_type(manifest),
+        promotable=manifest.kind is not CheckpointKind.STATE,
+        step=manifest.step,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.digest,
+        parent=manifest.parent,
+        kind=manifest.kind.value,
+        expire_time=None if expires is None else rfc3339(expires),
+    )
+
+
+def checkpoint_type(manifest: Manifest) -> CheckpointType:
+    if manifest.kind is CheckpointKind.STATE:
+        is_lora = manifest.lora is not None
+        return CheckpointType.TRAINING_LORA if is_lora else CheckpointType.TRAINING
+    return {
+        CheckpointKind.BASE: CheckpointType.INFERENCE_BASE,
+        CheckpointKind.DELTA: CheckpointType.INFERENCE_ARC_V2,
+        CheckpointKind.LORA: CheckpointType.INFERENCE_LORA,
+    }[manifest.kind]
+
+
+def model_resource(
+    model: ModelRow, *, details: BaseModelDetails | None, peft: PeftDetails | None
+) -> Model:
+    return Model(
+        name=model_name(model.account, model.id),
+        display_name=model.id,
+        create_time=rfc3339(model.created_at),
+        state=model.state,
+        kind=model.kind,
+        source="promoted",
+        base_model_details=details,
+        peft_details=peft,
+        trainer_job=job_name(model.account, model.source.job),
+        checkpoint=model.source.checkpoint,
+        digest=model.digest or None,
+    )
+
+
+def base_model_resource(model: BaseModel, source: str, details: BaseModelDetails) -> Model:
+    """A model that was not promoted but found."""
+    return Model(
+        name=model.name,
+        display_name=model.name.rpartition("/")[2],
+        state=ModelState.READY,
+        kind=ModelKind.HF_BASE_MODEL,
+        source=source,
+        base_model_details=details,
+    )
+
+
+def operation_resource(operation: OperationRow, model: Model | None) -> Operation:
+    error = Status(operation.error_code, operation.error) if operation.error else None
+    return Operation(
+        name=operation.name,
+        done=operation.done,
+        metadata={"model": model_name(operation.account, operation.model)},
+        error=error,
+        response=model if operation.done and error is None else None,
+    )
+
+
+def evaluation_resource(row: EvaluationRow) -> Evaluation:
+    entry = msgspec.convert(row.entry, EvaluationEntry)
+    return Evaluation(id=row.id, at=row.at, **msgspec.structs.asdict(entry))

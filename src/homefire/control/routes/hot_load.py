@@ -1,0 +1,61 @@
+"""The hot-load protocol (Fireworks' shape). The deployment is named by a header."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from homefire.control.endpoints import Endpoint
+from homefire.control.hot_loads import hot_load_status
+from homefire.control.plane import ControlPlane
+from homefire.http.app import account_of
+from homefire.http.bodies import json_response, read_json
+from homefire.wire.resources import HotLoadSignal, HotLoadStatus
+
+DEPLOYMENT_HEADER = "fireworks-deployment"
+_PATH = "/hot_load/v1/models/hot_load"
+_HEADERS = (DEPLOYMENT_HEADER, "fireworks-model")
+
+
+class HotLoadAccepted(msgspec.Struct, frozen=True):
+    status: str = "accepted"
+    identity: str | None = None
+
+
+async def signal(plane: ControlPlane, request: Request) -> Response:
+    """Answers at once; the replicas load in the background."""
+    asked = await read_json(request, HotLoadSignal)
+    await plane.hot_loads.signal(account_of(request), _deployment(request), asked)
+    return json_response(HotLoadAccepted(identity=asked.identity))
+
+
+async def status(plane: ControlPlane, request: Request) -> Response:
+    """Held while a load is in progress."""
+    view = await plane.held_hot_load(account_of(request), _deployment(request))
+    return json_response(hot_load_status(view.row, view.seen))
+
+
+def _deployment(request: Request) -> str:
+    return request.headers.get(DEPLOYMENT_HEADER, "")
+
+
+ENDPOINTS = [
+    Endpoint(
+        "POST",
+        _PATH,
+        signal,
+        "Serve this snapshot from now on",
+        HotLoadAccepted,
+        HotLoadSignal,
+        headers=_HEADERS,
+    ),
+    Endpoint(
+        "GET",
+        _PATH,
+        status,
+        "What each replica serves; held while a load is in progress",
+        HotLoadStatus,
+        headers=_HEADERS,
+    ),
+]

@@ -1,0 +1,136 @@
+"""`rlorTrainerJobs`: trainer jobs, their checkpoints and their records."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from homefire.control.db.rows import JobRow
+from homefire.control.endpoints import Endpoint
+from homefire.control.paging import Page
+from homefire.control.plane import ControlPlane
+from homefire.control.presentation import checkpoint_row, job_resource
+from homefire.control.routes.accounts import own_account
+from homefire.http.bodies import json_response, read_json
+from homefire.wire.errors import Unsupported
+from homefire.wire.records import Lineage, MetricsEntry, MetricsRecord, MetricsRow
+from homefire.wire.resources import CheckpointList, TrainerJob, TrainerJobList, TrainerJobRequest
+
+_ALL = "/v1/accounts/{account}/rlorTrainerJobs"
+_ONE = f"{_ALL}/{{job}}"
+
+
+async def create(plane: ControlPlane, request: Request) -> Response:
+    account, query = own_account(request), request.query_params
+    job = await plane.jobs.create(
+        account,
+        await read_json(request, TrainerJobRequest),
+        job_id=query.get("rlorTrainerJobId"),
+        training_shape=query.get("trainingShape"),
+        deployment_id=query.get("deploymentId"),
+    )
+    await plane.until_routed(account, job.id)
+    return _answer(plane, job)
+
+
+async def list_jobs(plane: ControlPlane, request: Request) -> Response:
+    page = Page.of(request.query_params)
+    jobs = await plane.jobs.list(own_account(request))
+    items, following = page.cut(jobs)
+    resources = [job_resource(job, store=plane.home.store) for job in items]
+    return json_response(
+        TrainerJobList(rlor_trainer_jobs=resources, next_page_token=following, total_size=len(jobs))
+    )
+
+
+async def get(plane: ControlPlane, request: Request) -> Response:
+    job = await plane.held_job(own_account(request), request.path_params["job"])
+    return _answer(plane, job)
+
+
+async def delete(plane: ControlPlane, request: Request) -> Response:
+    await plane.jobs.delete(own_account(request), request.path_params["job"])
+    return json_response({})
+
+
+async def cancel(plane: ControlPlane, request: Request) -> Response:
+    return _answer(plane, await plane.jobs.cancel(own_account(request), request.path_params["job"]))
+
+
+async def resume(plane: ControlPlane, request: Request) -> Response:
+    return _answer(plane, await plane.jobs.resume(own_account(request), request.path_params["job"]))
+
+
+async def execute_train_step(plane: ControlPlane, request: Request) -> Response:
+    await _job(plane, request)
+    raise Unsupported(
+        "executeTrainStep belongs to the hosted service's managed fine-tuning",
+        hint="drive the trainer through its own endpoint with forward_backward and optim_step",
+    )
+
+
+async def list_checkpoints(plane: ControlPlane, request: Request) -> Response:
+    page = Page.of(request.query_params)
+    manifests = await plane.records.checkpoints(await _job(plane, request))
+    items, following = page.cut(manifests)
+    rows = [checkpoint_row(manifest) for manifest in items]
+    return json_response(CheckpointList(checkpoints=rows, next_page_token=following))
+
+
+async def get_metrics(plane: ControlPlane, request: Request) -> Response:
+    return json_response(MetricsRecord(await plane.records.metrics(await _job(plane, request))))
+
+
+async def add_metrics(plane: ControlPlane, request: Request) -> Response:
+    job = await _job(plane, request)
+    entry = await read_json(request, MetricsEntry)
+    return json_response(await plane.records.add_metrics(job, entry))
+
+
+async def get_lineage(plane: ControlPlane, request: Request) -> Response:
+    return json_response(await plane.records.lineage(await _job(plane, request)))
+
+
+async def _job(plane: ControlPlane, request: Request) -> JobRow:
+    return await plane.jobs.get(own_account(request), request.path_params["job"])
+
+
+def _answer(plane: ControlPlane, job: JobRow) -> Response:
+    return json_response(job_resource(job, store=plane.home.store))
+
+
+ENDPOINTS = [
+    Endpoint(
+        "POST",
+        _ALL,
+        create,
+        "Create a trainer job; it is waited for separately",
+        TrainerJob,
+        TrainerJobRequest,
+        query=("rlorTrainerJobId", "trainingShape", "deploymentId", "skipValidations"),
+    ),
+    Endpoint(
+        "GET",
+        _ALL,
+        list_jobs,
+        "Jobs, oldest first, without tombstones",
+        TrainerJobList,
+        query=("pageSize", "pageToken", "filter", "orderBy", "readMask"),
+    ),
+    Endpoint("POST", f"{_ONE}:cancel", cancel, "Stop behind a recovery point", TrainerJob),
+    Endpoint("POST", f"{_ONE}:resume", resume, "Go on where the job stopped", TrainerJob),
+    Endpoint("POST", f"{_ONE}:executeTrainStep", execute_train_step, "Refused by name"),
+    Endpoint("GET", _ONE, get, "One job; held while it is in transition", TrainerJob),
+    Endpoint("DELETE", _ONE, delete, "Delete, leaving a tombstone with its checkpoints"),
+    Endpoint(
+        "GET",
+        f"{_ONE}/checkpoints",
+        list_checkpoints,
+        "Snapshots and states, oldest first, also of a deleted job",
+        CheckpointList,
+        query=("pageSize", "pageToken"),
+    ),
+    Endpoint("GET", f"{_ONE}/metrics", get_metrics, "The job's record", MetricsRecord),
+    Endpoint("POST", f"{_ONE}/metrics", add_metrics, "Add to the record", MetricsRow, MetricsEntry),
+    Endpoint("GET", f"{_ONE}/lineage", get_lineage, "What came from what", Lineage),
+]

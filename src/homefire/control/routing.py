@@ -1,0 +1,101 @@
+"""The gateway's routing table, computed from the rows and what is observed. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
+from homefire.control.lifecycle import DEPLOYMENT_LIVE, SeenReplica, SeenTrainer, hot_load_error
+from homefire.wire.internal import DeploymentRoute, KeyRoute, RouteTable, TrainerRoute
+from homefire.wire.resources import DeploymentState, JobState
+
+
+def route_table(
+    *,
+    version: int,
+    keys: Sequence[KeyRoute],
+    jobs: Sequence[JobRow],
+    deployments: Sequence[DeploymentRow],
+    replicas: Sequence[ReplicaRow],
+    trainers_seen: Mapping[str, SeenTrainer],
+    replicas_seen: Mapping[tuple[str, int], SeenReplica],
+) -> RouteTable:
+    live_jobs = [job for job in jobs if job.state is not JobState.DELETED]
+    known = [row for row in deployments if row.state is not DeploymentState.DELETED]
+    return RouteTable(
+        version=version,
+        keys=list(keys),
+        trainers={
+            f"{job.account}/{job.id}": trainer_route(job, trainers_seen.get(job.id))
+            for job in live_jobs
+        },
+        deployments={
+            f"{row.account}/{row.id}": deployment_route(row, replicas, replicas_seen)
+            for row in known
+        },
+        models=_models(known),
+    )
+
+
+def trainer_route(job: JobRow, seen: SeenTrainer | None) -> TrainerRoute:
+    """A trainer is reachable as soon as it proved itself, also while it loads or recovers."""
+    record = job.supervision.process
+    reachable = seen is not None and seen.ended is None and _has_proved_itself(job, seen)
+    upstream = record.listen if record is not None and reachable else None
+    return TrainerRoute(job.state.value, upstream, job.message)
+
+
+def _has_proved_itself(job: JobRow, seen: SeenTrainer) -> bool:
+    """Now, or to an earlier control plane: a restart of control must not take routes away."""
+    return seen.status is not None or job.supervision.ready_at is not None
+
+
+def deployment_route(
+    deployment: DeploymentRow,
+    replicas: Sequence[ReplicaRow],
+    seen: Mapping[tuple[str, int], SeenReplica],
+) -> DeploymentRoute:
+    own = [replica for replica in replicas if replica.deployment == deployment.id]
+    serving = [
+        replica.supervision.process.listen
+        for replica in own
+        if replica.supervision.process is not None
+        and replica.supervision.process.listen is not None
+        and is_routable(replica, seen.get((deployment.id, replica.number)))
+    ]
+    detail = deployment.message or _why_silent(deployment, own, seen)
+    return DeploymentRoute(deployment.state.value, serving, "" if serving else detail)
+
+
+def is_routable(replica: ReplicaRow, seen: SeenReplica | None) -> bool:
+    """A replica that has not caught up yet would serve other weights than the caller synced."""
+    if seen is None or seen.ended is not None or replica.leaving:
+        return False
+    return replica.supervision.caught_up and (seen.status is None or seen.status.ready)
+
+
+def _why_silent(
+    deployment: DeploymentRow,
+    replicas: Sequence[ReplicaRow],
+    seen: Mapping[tuple[str, int], SeenReplica],
+) -> str:
+    if deployment.state in DEPLOYMENT_LIVE and deployment.config.num_replicas == 0:
+        return "scaled to zero replicas; raise maxReplicaCount to serve again"
+    for replica in replicas:
+        view = seen.get((replica.deployment, replica.number), SeenReplica())
+        error = hot_load_error(deployment.desired, view)
+        if error is not None:
+            return f"replica {replica.number} could not load {deployment.desired.identity}: {error}"
+    return "its replicas are starting"
+
+
+def _models(deployments: Sequence[DeploymentRow]) -> dict[str, str]:
+    """Model resources that exactly one live deployment serves."""
+    live = [row for row in deployments if row.state in DEPLOYMENT_LIVE]
+    count = Counter(row.config.base_model.name for row in live)
+    return {
+        row.config.base_model.name: f"{row.account}/{row.id}"
+        for row in live
+        if count[row.config.base_model.name] == 1
+    }

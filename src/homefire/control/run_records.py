@@ -1,0 +1,79 @@
+"""What is written down about runs: metrics, evaluations, lineage."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import msgspec
+
+from homefire.checkpoints import CheckpointStore
+from homefire.control.db import tables
+from homefire.control.db.database import Database
+from homefire.control.db.rows import ClientMetricsRow, EvaluationRow, JobRow
+from homefire.control.job_records import job_events, metrics_rows, replica_events
+from homefire.control.lineage import lineage_of
+from homefire.control.presentation import evaluation_resource
+from homefire.foundation.clock import Clock
+from homefire.foundation.home import Home
+from homefire.wire.ids import new_id
+from homefire.wire.manifest import Manifest
+from homefire.wire.records import Evaluation, EvaluationEntry, Lineage, MetricsEntry, MetricsRow
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    database: Database
+    store: CheckpointStore
+    home: Home
+    clock: Clock
+
+    async def metrics(self, job: JobRow) -> list[MetricsRow]:
+        """Oldest first."""
+        added = await self.database.transact(lambda c: tables.client_metrics(c, job.id))
+        events = await asyncio.to_thread(job_events, self.home, job.id)
+        return metrics_rows(events, added)
+
+    async def add_metrics(self, job: JobRow, entry: MetricsEntry) -> MetricsRow:
+        row = ClientMetricsRow(
+            job=job.id, at=self.clock.now(), step=entry.step, metrics=entry.metrics
+        )
+        await self.database.transact(lambda c: tables.insert_client_metrics(c, row))
+        return metrics_rows([], [row])[0]
+
+    async def evaluations(self, account: str, *, job_id: str | None = None) -> list[Evaluation]:
+        """Oldest first; of one job when it is named."""
+        rows = await self.database.transact(lambda c: tables.evaluations(c, account))
+        return [evaluation_resource(row) for row in rows if job_id in (None, row.job)]
+
+    async def add_evaluation(self, account: str, entry: EvaluationEntry) -> Evaluation:
+        row = EvaluationRow(
+            id=new_id("evaluation"),
+            account=account,
+            job=entry.job.rpartition("/")[2],
+            at=self.clock.now(),
+            entry=msgspec.to_builtins(entry),
+        )
+        await self.database.transact(lambda c: tables.insert_evaluation(c, row))
+        return evaluation_resource(row)
+
+    async def checkpoints(self, job: JobRow) -> list[Manifest]:
+        """Snapshots and states, oldest first, whatever became of the job."""
+        return await asyncio.to_thread(self.store.list, job.account, job.id)
+
+    async def lineage(self, job: JobRow) -> Lineage:
+        evaluations = await self.evaluations(job.account)
+        models = await self.database.transact(tables.models)
+        checkpoints = await self.checkpoints(job)
+
+        def build() -> Lineage:
+            return lineage_of(
+                job,
+                events=job_events(self.home, job.id),
+                checkpoints=checkpoints,
+                replica_events=replica_events(self.home),
+                evaluations=evaluations,
+                models=[model for model in models if model.account == job.account],
+            )
+
+        return await asyncio.to_thread(build)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+ALL = "/v1/accounts/local/deployments"
+ONE = f"{ALL}/d1"
+
+
+async def test_a_deployment_asked_for_with_no_replicas_starts_one(bench: Any, control: Any) -> None:
+    await control.create_deployment(minReplicaCount=0, maxReplicaCount=1)
+    found = await control.call("GET", ONE)
+    assert (found["state"], found["replicaCount"]) == ("READY", 1)
+    assert found["replicaStats"]["readyReplicaCount"] == 1
+    assert [p.spec.name for p in bench.launcher.running()] == ["replica d1/0"]
+
+
+async def test_scaling_to_zero_stops_the_replicas_and_up_again_starts_one(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment(description="kept")
+    await control.deployment_becomes("READY")
+    await control.call("PATCH", ONE, {"maxReplicaCount": 0, "minReplicaCount": 0})
+    await control.deployment_becomes("READY")
+    assert not bench.launcher.running()
+    route = control.plane.routes.get().deployments["local/d1"]
+    assert "scaled to zero" in route.detail
+    found = await control.call("PATCH", ONE, {"maxReplicaCount": 1})
+    assert found["description"] == "kept"
+    await control.deployment_becomes("READY")
+    assert len(bench.launcher.running()) == 1
+
+
+async def test_a_patch_without_a_mask_touches_only_the_fields_given(control: Any) -> None:
+    await control.create_deployment(
+        displayName="a", annotations={"k": "v"}, hotLoadTransitionType="SYNC"
+    )
+    patched = await control.call("PATCH", ONE, {"displayName": "b", "someNewField": 1})
+    assert patched["displayName"] == "b"
+    assert patched["annotations"] == {"k": "v"}
+    assert patched["hotLoadTransitionType"] == "SYNC"
+
+
+async def test_a_patch_with_a_mask_touches_only_its_fields_and_resets_what_is_not_given(
+    control: Any,
+) -> None:
+    await control.create_deployment(displayName="a", description="d", placement={"region": "X"})
+    patched = await control.call(
+        "PATCH", f"{ONE}?updateMask=display_name,placement.region", {"description": "ignored"}
+    )
+    assert patched["displayName"] == ""
+    assert patched["description"] == "d"
+    assert patched["placement"] is None
+
+
+async def test_a_mask_of_something_unknown_is_refused_with_what_there_is(control: Any) -> None:
+    await control.create_deployment()
+    refused = await control.call("PATCH", f"{ONE}?updateMask=state", {}, expect=400)
+    assert refused["error"]["param"] == "updateMask"
+    assert "hot_load_trainer_job" in refused["error"]["hint"]
+
+
+async def test_a_deployment_can_be_attached_to_another_trainer(control: Any) -> None:
+    await control.create_job("j1")
+    await control.create_job("j2")
+    await control.create_deployment(hotLoadTrainerJob="accounts/local/rlorTrainerJobs/j1")
+    second = "accounts/local/rlorTrainerJobs/j2"
+    await control.call(
+        "PATCH", f"{ONE}?updateMask=hot_load_trainer_job", {"hotLoadTrainerJob": second}
+    )
+    found = await control.call("GET", ONE)
+    assert (found["state"], found["hotLoadTrainerJob"]) == ("READY", second)
+    assert found["hotLoadBucketUrl"].endswith("/local/j2/")
+    missing = {"hotLoadTrainerJob": "accounts/local/rlorTrainerJobs/nope"}
+    await control.call("PATCH", f"{ONE}?updateMask=hot_load_trainer_job", missing, expect=404)
+
+
+async def test_a_trainer_that_does_not_exist_cannot_be_followed(control: Any) -> None:
+    refused = await control.create_deployment(hotLoadTrainerJob="nope", expect=404)
+    assert "trainer job 'nope' does not exist" in refused["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (
+            {"hotLoadBucketUrl": "gs://b/p", "hotLoadTrainerJob": "j1"},
+            "hot_load_bucket_url gs://b/p conflicts with hot_load_trainer_job j1",
+        ),
+        ({"hotLoadBucketUrl": "gs://b/p"}, "hotLoadBucketUrl gs://b/p is not supported"),
+        ({"hotLoadBucketType": "S3"}, "hotLoadBucketType 'S3' is not supported"),
+        ({"hotLoadTransitionType": "NEVER"}, "hotLoadTransitionType 'NEVER' is unknown"),
+        ({"minReplicaCount": 2, "maxReplicaCount": 1}, "0 <= min <= max"),
+        ({"maxReplicaCount": -1}, "0 <= min <= max"),
+        ({"maxReplicaCount": 65}, "0 <= min <= max"),
+        ({"baseModel": "nope"}, "base model 'nope' is unknown"),
+        ({"maxContextLength": 0}, "maxContextLength 0"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_before_there_is_a_deployment(
+    control: Any, body: dict[str, Any], text: str
+) -> None:
+    await control.create_job("j1")
+    refused = await control.create_deployment(expect=400, **body)
+    assert text in refused["message"]
+    await control.call("GET", ONE, expect=404)
+
+
+async def test_a_trainer_that_writes_to_one_deployment_cannot_be_followed_by_another(
+    control: Any,
+) -> None:
+    await control.create_job("j1", hotLoadDeploymentId="other")
+    refused = await control.create_deployment(hotLoadTrainerJob="j1", expect=400)
+    assert refused["message"].startswith("hotload flow mismatch: ")
+
+
+async def test_a_deployment_of_another_base_model_than_its_trainers_is_refused(
+    bench: Any, control: Any
+) -> None:
+    from homefire.checkpoints import ensure_tiny
+
+    await control.create_job("j1")
+    ensure_tiny(bench.home.models / "other")
+    refused = await control.create_deployment(baseModel="other", hotLoadTrainerJob="j1", expect=400)
+    assert "snapshots would not fit" in refused["message"]
+
+
+async def test_a_deployment_without_a_model_takes_its_trainers(control: Any) -> None:
+    await control.create_job("j1")
+    found = await control.call(
+        "POST", f"{ALL}?deploymentId=d1", {"baseModel": None, "hotLoadTrainerJob": "j1"}
+    )
+    assert found["baseModel"] == "tiny"
+    assert found["hotLoadTrainerJob"] == "accounts/local/rlorTrainerJobs/j1"
+
+
+async def test_a_hard_deletion_leaves_nothing_and_its_id_can_be_used_again(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment()
+    await control.deployment_becomes("READY")
+    assert await control.call("DELETE", f"{ONE}?ignoreChecks=true&hard=true") == {}
+
+    async def is_gone() -> bool:
+        return not (await control.plane.deployments.list("local"))
+
+    await control.eventually(is_gone)
+    await control.call("GET", ONE, expect=404)
+    assert not bench.launcher.running()
+    await control.create_deployment()
+
+
+async def test_a_soft_deletion_leaves_a_tombstone_that_gives_way_to_a_new_deployment(
+    control: Any,
+) -> None:
+    await control.create_deployment()
+    await control.deployment_becomes("READY")
+    await control.call("DELETE", ONE)
+    await control.deployment_becomes("DELETED")
+    assert (await control.call("GET", ONE))["state"] == "DELETED"
+    assert (await control.call("GET", ALL))["deployments"] == []
+    refused = await control.call("PATCH", ONE, {"maxReplicaCount": 1}, expect=400)
+    assert "is DELETED" in refused["message"]
+    assert await control.call("DELETE", ONE) == {}
+    await control.create_deployment()
+    await control.deployment_becomes("READY")
+
+
+async def test_a_second_deployment_of_the_same_id_is_a_conflict(control: Any) -> None:
+    await control.create_deployment()
+    refused = await control.create_deployment(expect=409)
+    assert refused["error"]["code"] == "already_exists"
+
+
+async def test_more_replicas_than_the_maximum_are_refused(control: Any) -> None:
+    await control.create_deployment()
+    refused = await control.call("PATCH", f"{ONE}:scale", {"replicaCount": 2}, expect=400)
+    assert "maxReplicaCount 1" in refused["message"]
+
+
+async def test_a_base_model_is_for_good(control: Any) -> None:
+    await control.create_deployment()
+    await control.call("PATCH", ONE, {"baseModel": "tiny"})
+    refused = await control.call("PATCH", ONE, {"baseModel": "x"}, expect=400)
+    assert "for good" in refused["message"]
+
+
+async def test_live_deployments_are_listed_as_models_and_routed_by_their_base_model(
+    control: Any,
+) -> None:
+    await control.create_deployment("d1", baseModel="accounts/local/models/tiny")
+    await control.deployment_becomes("READY")
+    listed = await control.call("GET", "/inference/v1/models")
+    assert [m["id"] for m in listed["data"]] == ["accounts/local/deployments/d1"]
+    assert control.plane.routes.get().models == {"accounts/local/models/tiny": "local/d1"}
+    await control.create_deployment("d2", baseModel="accounts/local/models/tiny")
+    await control.deployment_becomes("READY", "d2")
+    assert control.plane.routes.get().models == {}

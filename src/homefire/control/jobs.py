@@ -17,9 +17,10 @@ from homefire.control.db.rows import BaseModel, JobConfig, JobRow, ModelRow, Sup
 from homefire.control.footprint import trainer_need
 from homefire.control.lifecycle import JOB_ALREADY, JOB_ENDED, JobEvent, job_after
 from homefire.control.names import check_id, id_in
-from homefire.control.reconcile import Reconciler, ledger_of
+from homefire.control.reconcile import Reconciler
 from homefire.control.shapes import Shape, find_shape
 from homefire.control.supervision import after_request
+from homefire.control.trainer_keeper import admit_if_room
 from homefire.foundation.clock import Clock
 from homefire.wire.errors import FailedPrecondition, InvalidArgument, NotFound, SequenceTooLong
 from homefire.wire.ids import new_id
@@ -109,15 +110,14 @@ class Jobs:
         tables.advance_job(connection, job, to, message="", now=now, completed_at=completed_at)
         if event is JobEvent.RESUME:
             tables.supervise_job(connection, job.id, after_request(job.supervision))
+            admit_if_room(connection, find_job(connection, account, job_id), self.capacity, now=now)
         return find_job(connection, account, job_id)
 
     def _insert(self, connection: sqlite3.Connection, job: JobRow) -> JobRow:
-        reason = ledger_of(connection, self.capacity).shortfall(job.config.need)
-        state = JobState.CREATING if reason is None else JobState.PENDING
-        admitted = msgspec.structs.replace(job, state=state, message=reason or "")
-        tables.insert_job(connection, admitted)
-        _check_scope(connection, admitted)
-        return admitted
+        _check_scope(connection, job)
+        tables.insert_job(connection, job)
+        admit_if_room(connection, job, self.capacity, now=job.created_at)
+        return find_job(connection, job.account, job.id)
 
     def _configure(
         self, request: TrainerJobRequest, training_shape: str | None, promoted: list[ModelRow]

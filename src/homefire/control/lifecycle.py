@@ -219,10 +219,10 @@ class WaitUntil:
     at: float
 
 
-Action = Advance | Admit | Launch | Stop | Bury | MarkReady | WaitUntil
+JobAction = Advance | Admit | Launch | Stop | Bury | MarkReady | WaitUntil
 
 
-def decide_job(job: JobRow, seen: SeenTrainer, *, now: float) -> Action | None:
+def decide_job(job: JobRow, seen: SeenTrainer, *, now: float) -> JobAction | None:
     """What to do for a job now; None when there is nothing to do until something changes."""
     process = job.supervision.process
     if process is not None and seen.ended is not None:
@@ -238,7 +238,7 @@ def decide_job(job: JobRow, seen: SeenTrainer, *, now: float) -> Action | None:
     return None
 
 
-def _decide_live_job(job: JobRow, seen: SeenTrainer, *, now: float) -> Action | None:
+def _decide_live_job(job: JobRow, seen: SeenTrainer, *, now: float) -> JobAction | None:
     supervision = job.supervision
     if supervision.process is None:
         if gave_up(supervision):

@@ -13,11 +13,11 @@ from homefire.control.lifecycle import (
     has_settled_weights,
 )
 from homefire.control.watch import Connect, Watch, replica_essence, trainer_essence
+from homefire.control.world import ReplicaKey
 from homefire.launch import Launcher, ProcessRecord
 from homefire.wire.internal import ReplicaStatus, TrainerState, TrainerStatus
 from homefire.wire.resources import JobState
 
-ReplicaKey = tuple[str, int]
 Key = TypeVar("Key", str, ReplicaKey)
 
 
@@ -92,6 +92,16 @@ class Observations:
         )
         watch.set_urgent(not has_settled_weights(deployment.desired, seen))
         return seen
+
+    def expect_end_of_trainer(self, job_id: str) -> None:
+        """The trainer is being stopped."""
+        if (watch := self._trainers.get(job_id)) is not None:
+            watch.stop_following()
+
+    def expect_end_of_replica(self, key: ReplicaKey) -> None:
+        """The replica is being stopped."""
+        if (watch := self._replicas.get(key)) is not None:
+            watch.stop_following()
 
     def replica_watch(self, key: ReplicaKey) -> tuple[Watch[ReplicaStatus], Signals] | None:
         watch = self._replicas.get(key)

@@ -28,13 +28,17 @@ from homefire.control.lifecycle import (
 )
 from homefire.control.models import Models
 from homefire.control.observations import Observations
+from homefire.control.process_keeper import KeeperConfig, ProcessKeeper
 from homefire.control.processes import ProcessPlan
 from homefire.control.promotions import Promotions
-from homefire.control.reconcile import Picture, Reconciler, ReconcilerConfig
+from homefire.control.reconcile import Reconciler
+from homefire.control.replica_keeper import ReplicaKeeper
 from homefire.control.routing import route_table
 from homefire.control.run_records import RunRecords
 from homefire.control.status import status_report
+from homefire.control.trainer_keeper import TrainerKeeper
 from homefire.control.watch import Connect
+from homefire.control.world import Picture
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.durable import write_private
 from homefire.foundation.home import Home
@@ -53,7 +57,7 @@ class ControlConfig:
 
     hold_s: float = 20.0
     """Longest hold of a request about something in transition; the clients give up at 30 s."""
-    reconciler: ReconcilerConfig = field(default_factory=ReconcilerConfig)
+    keeper: KeeperConfig = field(default_factory=KeeperConfig)
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,33 @@ class ControlPlane:
             launcher=launcher,
             connect=connect,
             wake=woken.set,
-            pace_s=self.config.reconciler.status_pace_s,
+            pace_s=self.config.keeper.status_pace_s,
         )
+        processes = ProcessKeeper(
+            launcher=launcher, clock=self.clock, config=self.config.keeper, wake=woken.set
+        )
+        plan = ProcessPlan(self.home, self.spec.engine)
         self.reconciler = Reconciler(
             database=self.database,
-            launcher=launcher,
             observations=self.observations,
-            plan=ProcessPlan(self.home, self.spec.engine),
-            capacity=self.capacity,
+            processes=processes,
+            trainers=TrainerKeeper(
+                database=self.database,
+                keeper=processes,
+                observations=self.observations,
+                plan=plan,
+                capacity=self.capacity,
+                clock=self.clock,
+            ),
+            replicas=ReplicaKeeper(
+                database=self.database,
+                keeper=processes,
+                observations=self.observations,
+                plan=plan,
+                capacity=self.capacity,
+                clock=self.clock,
+            ),
             clock=self.clock,
-            config=self.config.reconciler,
             publish=self._publish,
             woken=woken,
         )
@@ -156,6 +177,7 @@ class ControlPlane:
         key = hashlib.sha256(self.home.api_key().encode()).hexdigest()
         now = self.clock.now()
         await self.database.transact(lambda c: tables.register_key(c, key, DEFAULT_ACCOUNT, now))
+        await self.reconciler.adopt()
         await self.promotions.resume()
         self._loop = asyncio.create_task(self.reconciler.run())
 
@@ -168,7 +190,9 @@ class ControlPlane:
             return
         self.stopping = True
         self.holder.release()
-        await self.stop_reconciling()
+        self.reconciler.end()
+        if self._loop is not None:
+            await self._loop
         await self.promotions.stop()
         await self.reconciler.stop_all()
         await self._publish(await self.reconciler.look())

@@ -43,7 +43,6 @@ from homefire.wire.specs import TrainerMode
 _CODES = {
     JobState.FAILED: "INTERNAL",
     JobState.CANCELLED: "CANCELLED",
-    JobState.PENDING: "RESOURCE_EXHAUSTED",
 }
 
 

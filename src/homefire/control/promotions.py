@@ -33,6 +33,7 @@ from homefire.wire.errors import (
     HomefireError,
     InternalError,
     InvalidArgument,
+    Unavailable,
     WrongCheckpointKind,
     from_code,
 )
@@ -64,11 +65,17 @@ class Promotions:
         self._catalog = catalog
         self._launcher = launcher
         self._home = home
+        self._directory = home.run / "promotions"
         self._clock = clock
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._starting = asyncio.Lock()
+        """Held from the start of a worker until it is written down: no stop comes between."""
+        self._stopping = False
 
     async def begin(self, account: str, checkpoint: str, request: PromoteRequest) -> OperationRow:
         """The operation of a new promotion, or of the same one asked for before."""
+        if self._stopping:
+            raise Unavailable("control is stopping", hint="promote again when it is up")
         check_name(checkpoint, field="checkpoint")
         model_id = _model_id(request.output_model, account)
         source = await self._source(account, checkpoint, request)
@@ -108,7 +115,9 @@ class Promotions:
 
     async def stop(self) -> None:
         """Ends the workers; the rows stay in UPLOADING, and the next start goes on."""
-        await self.close()
+        self._stopping = True
+        async with self._starting:
+            await self.close()
         models = await self._database.transact(tables.models)
         workers = [model.worker for model in models if model.worker is not None]
         await asyncio.gather(
@@ -196,39 +205,35 @@ class Promotions:
         await self._finish(model, result)
 
     async def _work(self, model: ModelRow) -> PromoteResult:
-        record, result_file = await self._worker(model)
+        result_file = self._directory / f"{_stem(model)}.result.json"
+        record = None if model.worker is None else await self._launcher.find(model.worker)
+        if record is None:
+            if model.worker is not None and result_file.exists():
+                return _read_result(result_file)
+            record = await self._start(model, result_file)
         exit_ = await self._launcher.wait(record)
         try:
-            content = await asyncio.to_thread(result_file.read_bytes)
-            return msgspec.json.decode(content, type=PromoteResult)
+            return await asyncio.to_thread(_read_result, result_file)
         except (OSError, msgspec.DecodeError) as exc:
             tail = "\n".join(await self._launcher.logs(record, lines=_TAIL_LINES))
             raise InternalError(
                 f"the worker that promotes {model.id!r} {exit_} without a result", hint=tail
             ) from exc
 
-    async def _worker(self, model: ModelRow) -> tuple[ProcessRecord, Path]:
-        """The worker that runs for the model already, else a new one."""
-        directory = self._home.run / "promotions"
-        stem = f"{model.account}-{model.id}"
-        result_file = directory / f"{stem}.result.json"
-        if model.worker is not None:
-            found = await self._launcher.find(model.worker)
-            if found is not None:
-                return found, result_file
-        spec = self._worker_spec(model, directory, stem, result_file)
-        await asyncio.to_thread(result_file.unlink, missing_ok=True)
-        await self._remember(model, spec.record(process=None, boot="", started_at=0.0))
-        record = await self._launcher.start(spec)
-        await self._remember(model, record)
-        return record, result_file
+    async def _start(self, model: ModelRow, result_file: Path) -> ProcessRecord:
+        """Starts the model's worker. A result that is there afterwards is this worker's."""
+        spec = self._worker_spec(model, result_file)
+        async with self._starting:
+            await asyncio.to_thread(result_file.unlink, missing_ok=True)
+            await self._remember(model, spec.record(process=None, boot="", started_at=0.0))
+            record = await self._launcher.start(spec)
+            await self._remember(model, record)
+        return record
 
     async def _remember(self, model: ModelRow, record: ProcessRecord) -> None:
         await self._database.transact(lambda c: tables.set_worker(c, model, record))
 
-    def _worker_spec(
-        self, model: ModelRow, directory: Path, stem: str, result_file: Path
-    ) -> ProcessSpec:
+    def _worker_spec(self, model: ModelRow, result_file: Path) -> ProcessSpec:
         destination = self._catalog.promoted_directory(model.account, model.id)
         spec = PromoteSpec(
             store_root=str(self._home.store),
@@ -244,9 +249,9 @@ class Promotions:
             name=f"promotion {model.id}",
             module="homefire.checkpoints",
             arguments=("promote",),
-            spec_file=str(directory / f"{stem}.spec.json"),
+            spec_file=str(self._directory / f"{_stem(model)}.spec.json"),
             spec=msgspec.json.encode(spec),
-            log_file=str(directory / f"{stem}.log"),
+            log_file=str(self._directory / f"{_stem(model)}.log"),
             threads=threads_per_engine(),
             nonce=secrets.token_hex(16),
         )
@@ -276,6 +281,14 @@ class Promotions:
 def operation_error(operation: OperationRow) -> HomefireError | None:
     """What a caller that waited for the operation gets to see."""
     return from_code(operation.error_code, operation.error) if operation.error else None
+
+
+def _stem(model: ModelRow) -> str:
+    return f"{model.account}-{model.id}"
+
+
+def _read_result(path: Path) -> PromoteResult:
+    return msgspec.json.decode(path.read_bytes(), type=PromoteResult)
 
 
 def _model_id(output_model: str, account: str) -> str:

@@ -6,7 +6,7 @@ from homefire import __version__
 from homefire.control.capacity import Capacity, Ledger
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.lifecycle import SeenReplica, SeenTrainer, hot_load_error
-from homefire.control.reconcile import Picture
+from homefire.control.world import Picture
 from homefire.wire.ids import deployment_name, job_name
 from homefire.wire.internal import HotLoadStage
 from homefire.wire.records import (

@@ -68,7 +68,8 @@ class Watch(Generic[Status]):
         self._urgent.set()
         assert record.listen is not None
         self.client = connect(record.listen)
-        self._tasks = [asyncio.create_task(self._await_end()), asyncio.create_task(self._follow())]
+        self._end = asyncio.create_task(self._await_end())
+        self._following = asyncio.create_task(self._follow())
 
     @property
     def process(self) -> ProcessId | None:
@@ -97,12 +98,16 @@ class Watch(Generic[Status]):
                 if status.nonce == self.record.nonce:
                     self.accept(status)
 
+    def stop_following(self) -> None:
+        """Asks no more, and waits for the end only: a held poll would delay the process's stop."""
+        self._following.cancel()
+
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._end.cancel()
+        self._following.cancel()
         try:
             # Not one by one under a suppressed CancelledError: that would hide our own cancellation.
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(self._end, self._following, return_exceptions=True)
         finally:
             await self.client.close()
 

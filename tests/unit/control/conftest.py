@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from homefire.checkpoints import (
 )
 from homefire.control.app import control_app
 from homefire.control.plane import ControlConfig, ControlPlane
-from homefire.control.reconcile import ReconcilerConfig
+from homefire.control.process_keeper import KeeperConfig
 from homefire.foundation.clock import ManualClock
 from homefire.foundation.home import Home
 from homefire.foundation.versioned import Versioned
@@ -55,6 +57,8 @@ class ScriptedService:
     def __init__(self, process: FakeProcess, first: TrainerStatus | ReplicaStatus) -> None:
         self.process = process
         self.status: Versioned[Any] = Versioned(first)
+        self.num_held = 0
+        """Status polls that wait for a change."""
         self.loads: list[HotLoadRequest] = []
         self.on_load: Callable[[HotLoadRequest], None] | None = None
         self.app = Starlette(
@@ -76,9 +80,13 @@ class ScriptedService:
 
     async def _status(self, request: Request) -> Any:
         after = request.query_params.get("after")
-        _, status = await self.status.wait_beyond(
-            after=None if after is None else int(after), timeout_s=GUARD_S
-        )
+        self.num_held += 1
+        try:
+            _, status = await self.status.wait_beyond(
+                after=None if after is None else int(after), timeout_s=GUARD_S
+            )
+        finally:
+            self.num_held -= 1
         return json_response(status)
 
     async def _hot_load(self, request: Request) -> Any:
@@ -238,7 +246,7 @@ class Bench:
             launcher=self.launcher,
             clock=self.clock,
             connect=self.services.connect,
-            config=ControlConfig(hold_s=hold_s, reconciler=ReconcilerConfig(status_pace_s=0.0)),
+            config=ControlConfig(hold_s=hold_s, keeper=KeeperConfig(status_pace_s=0.0)),
         )
         await plane.start()
         self._controls.append(Control(plane))
@@ -288,9 +296,13 @@ class Bench:
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path / "home")
-    yield made
-    await made.close()
+    """In memory where that exists: what a real disk's fsync costs is not under test here."""
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() and os.access(memory, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as directory:
+        made = Bench(Path(directory) / "home")
+        yield made
+        await made.close()
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from homefire.checkpoints import ensure_tiny
+
 ALL = "/v1/accounts/local/deployments"
 ONE = f"{ALL}/d1"
 
@@ -118,8 +120,6 @@ async def test_a_trainer_that_writes_to_one_deployment_cannot_be_followed_by_ano
 async def test_a_deployment_of_another_base_model_than_its_trainers_is_refused(
     bench: Any, control: Any
 ) -> None:
-    from homefire.checkpoints import ensure_tiny
-
     await control.create_job("j1")
     ensure_tiny(bench.home.models / "other")
     refused = await control.create_deployment(baseModel="other", hotLoadTrainerJob="j1", expect=400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from typing import Any
 
 import msgspec
@@ -393,8 +395,6 @@ async def test_a_clean_stop_ends_every_process_and_the_next_control_resumes_what
 
 
 async def test_held_requests_are_answered_when_control_stops(bench: Any) -> None:
-    import asyncio
-
     bench.services.trainers_start_as = TrainerState.STARTING
     control = await bench.control()
     await control.create_job()
@@ -416,8 +416,6 @@ async def test_a_second_control_plane_on_the_home_is_refused(bench: Any, control
 async def test_the_routing_table_is_on_disk_for_the_owner_only_and_knows_the_homes_key(
     bench: Any, control: Any
 ) -> None:
-    import hashlib
-
     await control.create_job()
     await control.job_becomes("JOB_STATE_RUNNING")
     await control.plane.reconciler.reconcile()
@@ -469,3 +467,64 @@ async def test_a_replica_that_dies_at_every_start_fails_its_deployment_until_it_
     bench.services.die_at_once = None
     await control.call("PATCH", "/v1/accounts/local/deployments/d1:scale", {"replicaCount": 1})
     await control.deployment_becomes("READY")
+
+
+async def test_a_stopping_trainer_is_not_asked_any_more(bench: Any, control: Any) -> None:
+    """A held poll would keep its server from ending for seconds."""
+    await control.create_job()
+    await control.job_becomes("JOB_STATE_RUNNING")
+    trainer = bench.trainer()
+    trainer.process.hold_sigterm = True
+    await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:cancel")
+    async with asyncio.timeout(20):
+        while trainer.num_held:
+            await asyncio.sleep(0)
+    assert trainer.process.alive
+    trainer.process.exit(0)
+    await control.job_becomes("JOB_STATE_CANCELLED")
+
+
+async def test_a_job_resumed_while_its_old_trainer_still_ends_waits_for_that(
+    bench: Any, control: Any
+) -> None:
+    bench.services.trainers_start_as = TrainerState.STARTING
+    await control.create_job()
+
+    async def is_watched() -> bool:
+        return bool(bench.services.all)
+
+    await control.eventually(is_watched)
+    old = bench.trainer()
+    old.process.hold_sigterm = True
+    old.say(state=TrainerState.FAILED, detail="no")
+    await control.job_becomes("JOB_STATE_FAILED")
+    bench.services.trainers_start_as = TrainerState.READY
+    resumed = await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:resume")
+    assert resumed["state"] == "JOB_STATE_PENDING"
+    assert "last trainer" in resumed["status"]["message"]
+    assert len(bench.launcher.running()) == 1
+    old.process.exit(0)
+    await control.job_becomes("JOB_STATE_RUNNING")
+    assert len(bench.launcher.running()) == 1
+
+
+async def test_a_stop_in_the_middle_of_a_start_leaves_nothing_running(
+    bench: Any, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, begun, go_on = bench.launcher.start, asyncio.Event(), asyncio.Event()
+
+    async def slow_start(spec: Any) -> ProcessRecord:
+        begun.set()
+        await go_on.wait()
+        return await start(spec)
+
+    monkeypatch.setattr(bench.launcher, "start", slow_start)
+    creating = asyncio.create_task(control.create_job())
+    await begun.wait()
+    stopping = asyncio.create_task(control.plane.stop_processes())
+    go_on.set()
+    await stopping
+    await creating
+    assert len(bench.launcher.started) == 1
+    assert not bench.launcher.running()
+    assert await control.job() == "JOB_STATE_CREATING"

@@ -25,7 +25,7 @@ VALUES (:id, :account, :state, :message, :config, :supervision, :created_at, :up
 JOB = "SELECT * FROM jobs WHERE id = ?"
 
 # All jobs, oldest first: the order in which they are admitted.
-JOBS = "SELECT * FROM jobs ORDER BY created_at, id"
+JOBS = "SELECT * FROM jobs ORDER BY created_at, rowid"
 
 # A transition. No row changed means that somebody else moved the job meanwhile.
 ADVANCE_JOB = """
@@ -53,7 +53,7 @@ VALUES
 DEPLOYMENT = "SELECT * FROM deployments WHERE id = ?"
 
 # All deployments, oldest first.
-DEPLOYMENTS = "SELECT * FROM deployments ORDER BY created_at, id"
+DEPLOYMENTS = "SELECT * FROM deployments ORDER BY created_at, rowid"
 
 # A transition of a deployment.
 ADVANCE_DEPLOYMENT = """
@@ -125,7 +125,7 @@ VALUES
 MODEL = "SELECT * FROM models WHERE account = ? AND id = ?"
 
 # All promoted models.
-MODELS = "SELECT * FROM models ORDER BY created_at, id"
+MODELS = "SELECT * FROM models ORDER BY created_at, rowid"
 
 # The worker that writes the model's files, stored before it is started.
 SET_WORKER = "UPDATE models SET worker = :worker WHERE account = :account AND id = :id"
@@ -162,7 +162,7 @@ INSERT INTO evaluations (id, account, job, at, entry) VALUES (:id, :account, :jo
 """
 
 # An account's evaluations, oldest first.
-EVALUATIONS = "SELECT * FROM evaluations WHERE account = ? ORDER BY at, id"
+EVALUATIONS = "SELECT * FROM evaluations WHERE account = ? ORDER BY at, rowid"
 
 # A client's row of a job's record.
 INSERT_CLIENT_METRICS = """

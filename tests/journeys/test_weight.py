@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from homefire.checkpoints import CheckpointKey
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind
 from journeys.loop import BATCH, Loop, start_loop
 
@@ -86,3 +87,23 @@ def test_a_sampler_snapshot_given_to_load_state_is_refused_by_kind(loop):
     with pytest.raises(Exception, match="sampler"):
         loop.client.load_state(saved.snapshot_name).result()
     loop.train()
+
+
+def test_a_damaged_snapshot_is_refused_with_the_reason_and_the_old_weights_keep_serving(loop):
+    before = score(loop, list(b"abc")).weights
+    saved = loop.client.save_weights_for_sampler_ext("damaged", checkpoint_type="base")
+    key = CheckpointKey(
+        "local", loop.job.job_id, "policy", CheckpointFamily.SAMPLER, saved.snapshot_name
+    )
+    (weights,) = loop.store.directory(key).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+
+    assert not loop.deployments.hotload_and_wait(loop.deployment_id, "tiny", saved.snapshot_name)
+    (replica,) = loop.deployments.hotload_check_status(loop.deployment_id, "tiny")["replicas"]
+    assert replica["loading_state"]["stage"] == "error"
+    assert replica["loading_state"]["target_snapshot_identity"] == saved.snapshot_name
+    assert weights.name in replica["loading_state"]["error"]
+    assert replica["current_snapshot_identity"] == before.identity
+    assert score(loop, list(b"abc")).weights == before

@@ -70,16 +70,17 @@ class HotLoads:
                 hint="PATCH enableHotLoad first",
             )
         identity = None if signal.identity == BASE_IDENTITY else signal.identity
-        location = None
+        location, digest = None, ""
         if identity is not None:
             check_name(identity, field="identity")
-            location = await self._location(deployment, identity)
+            location, digest = await self._find(deployment, identity)
 
         def work(connection: sqlite3.Connection) -> None:
             row = find_deployment(connection, account, deployment.id)
             desired = DesiredWeights(
                 identity=identity,
                 location=location,
+                digest=digest,
                 reset_prompt_cache=reset,
                 transition=_transition(row.config.hot_load_transition_type),
                 generation=row.desired.generation + 1,
@@ -118,11 +119,11 @@ class HotLoads:
         since = max(deployment.ledger_since, deployment.created_at)
         return [entry for entry in entries if entry.at >= since]
 
-    async def _location(self, deployment: DeploymentRow, identity: str) -> SnapshotLocation:
+    async def _find(self, deployment: DeploymentRow, identity: str) -> tuple[SnapshotLocation, str]:
+        """Where the snapshot is, and the digest of its weights."""
         job = await self._trainer(deployment)
         location = SnapshotLocation(job.account, job.id, POLICY_SLOT)
-        await asyncio.to_thread(self._check_exists, location, identity)
-        return location
+        return location, await asyncio.to_thread(self._digest, location, identity)
 
     async def _trainer(self, deployment: DeploymentRow) -> JobRow:
         """The job whose snapshots the deployment loads."""
@@ -141,12 +142,12 @@ class HotLoads:
             )
         return writers[-1]
 
-    def _check_exists(self, location: SnapshotLocation, identity: str) -> None:
+    def _digest(self, location: SnapshotLocation, identity: str) -> str:
         key = CheckpointKey(
             location.account, location.job, location.slot, CheckpointFamily.SAMPLER, identity
         )
         if self.store.exists(key):
-            return
+            return self.store.manifest(key).digest
         state = CheckpointKey(
             location.account, location.job, location.slot, CheckpointFamily.STATE, identity
         )
@@ -156,7 +157,7 @@ class HotLoads:
                 hint="save it with save_weights_for_sampler",
                 field="identity",
             )
-        self.store.manifest(key)
+        return self.store.manifest(key).digest
 
 
 def hot_load_status(deployment: DeploymentRow, seen: Mapping[int, SeenReplica]) -> HotLoadStatus:
@@ -180,18 +181,23 @@ def is_settled(deployment: DeploymentRow, seen: Mapping[int, SeenReplica]) -> bo
 
 
 def _loaded_replica(desired: DesiredWeights, seen: SeenReplica) -> LoadedReplica:
+    """Ready with the wanted name means done to a client, so other weights of that name are not ready."""
     assert seen.status is not None
+    is_namesake = seen.status.identity == desired.identity and not has_settled_weights(
+        desired, seen
+    )
     return LoadedReplica(
         current_snapshot_identity=seen.status.identity,
-        readiness=seen.status.ready,
+        readiness=seen.status.ready and not is_namesake,
         loading_state=_loading_state(desired, seen),
     )
 
 
 def _loading_state(desired: DesiredWeights, seen: SeenReplica) -> LoadingState:
     assert seen.status is not None
-    if hot_load_error(desired, seen) is not None:
-        return LoadingState(HotLoadStage.ERROR, desired.identity)
+    error = hot_load_error(desired, seen)
+    if error is not None:
+        return LoadingState(HotLoadStage.ERROR, desired.identity, error)
     if has_settled_weights(desired, seen):
         return LoadingState(HotLoadStage.IDLE)
     if seen.signalled != desired.generation:

@@ -376,7 +376,7 @@ def _decide_weights(
     *,
     now: float,
 ) -> list[DeploymentAction]:
-    if status.identity == desired.identity and not _is_loading(status):
+    if serves(desired, status):
         return [] if replica.supervision.caught_up else [MarkCaughtUp(replica.number)]
     if seen.signalled == desired.generation:
         return []
@@ -385,8 +385,11 @@ def _decide_weights(
     return [SignalHotLoad(replica.number)]
 
 
-def _is_loading(status: ReplicaStatus) -> bool:
-    return status.stage in (HotLoadStage.LOADING, HotLoadStage.DRAINING)
+def serves(desired: DesiredWeights, status: ReplicaStatus) -> bool:
+    """By digest too: an identity is a name, and names repeat between jobs."""
+    is_loading = status.stage in (HotLoadStage.LOADING, HotLoadStage.DRAINING)
+    is_same = status.identity == desired.identity and desired.digest in ("", status.digest)
+    return is_same and not is_loading
 
 
 def _decide_state(
@@ -429,4 +432,4 @@ def has_settled_weights(desired: DesiredWeights, seen: SeenReplica) -> bool:
         return False
     if hot_load_error(desired, seen) is not None:
         return True
-    return status.identity == desired.identity and not _is_loading(status)
+    return serves(desired, status)

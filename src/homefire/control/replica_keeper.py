@@ -199,6 +199,7 @@ def _hot_load_request(desired: DesiredWeights) -> HotLoadRequest:
     return HotLoadRequest(
         identity=desired.identity,
         location=desired.location,
+        digest=desired.digest,
         reset_prompt_cache=desired.reset_prompt_cache,
         transition=desired.transition,
     )

@@ -89,6 +89,8 @@ class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     identity: str | None
     location: SnapshotLocation | None = None
+    digest: str = ""
+    """What the snapshot's weights must hash to; empty: what its manifest says."""
     reset_prompt_cache: bool = True
     transition: str = "DRAIN"
 

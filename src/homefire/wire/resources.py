@@ -406,6 +406,8 @@ class LoadingState(msgspec.Struct, frozen=True, omit_defaults=True):
     stage: str
     """`idle`, `pending`, `loading`, `draining` or `error`."""
     target_snapshot_identity: str | None = None
+    error: str = ""
+    """Why the target could not be loaded. Ours: the hosted protocol gives no reason."""
 
 
 class LoadedReplica(msgspec.Struct, frozen=True):

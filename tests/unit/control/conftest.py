@@ -93,7 +93,7 @@ class ScriptedService:
         asked = await read_json(request, HotLoadRequest)
         self.loads.append(asked)
         if self.on_load is None:
-            self.say(identity=asked.identity, digest=f"digest-{asked.identity}")
+            self.say(identity=asked.identity, digest=asked.digest)
         else:
             self.on_load(asked)
         return json_response(self.status.get(), status=202)

@@ -37,6 +37,7 @@ from homefire.control.lifecycle import (
     deployment_after,
     has_settled_weights,
     hot_load_error,
+    serves,
 )
 from homefire.control.supervision import CRASH_LIMIT
 from homefire.foundation.process import ProcessId
@@ -268,3 +269,12 @@ def test_only_replicas_beyond_the_wanted_number_are_dismissed(
     first = replica(0, process=RECORD, ready_at=NOW, caught_up=True)
     second = replica(1, process=RECORD, ready_at=NOW, caught_up=True)
     assert decide(row, (first, seen()), (second, seen())) == [Dismiss(1)]
+
+
+def test_other_weights_under_the_wanted_name_are_not_the_wanted_weights():
+    wanted = DesiredWeights(identity="step_1", digest="right", generation=3)
+    for digest, settled in (("right", True), ("of another job", False)):
+        view = seen("step_1", digest=digest)
+        assert view.status is not None
+        assert serves(wanted, view.status) is settled
+        assert has_settled_weights(wanted, view) is settled

@@ -45,6 +45,7 @@ async def test_a_replica_is_told_where_the_snapshot_lies(bench: Any, serving: An
         HotLoadRequest(
             identity="step_1",
             location=SnapshotLocation("local", "j1"),
+            digest=bench.store.list("local", "j1")[0].digest,
             reset_prompt_cache=False,
             transition="DRAIN",
         )
@@ -62,7 +63,9 @@ async def test_the_status_is_held_while_a_load_is_in_progress(bench: Any, servin
 
     await serving.eventually(is_loading)
     assert not held.done()
-    replica.say(stage=HotLoadStage.IDLE, identity="step_1", target=None)
+    replica.say(
+        stage=HotLoadStage.IDLE, identity="step_1", digest=replica.loads[-1].digest, target=None
+    )
     assert (await held)["replicas"][0]["loading_state"] == {"stage": "idle"}
 
 
@@ -97,14 +100,18 @@ async def test_a_failed_load_ends_in_an_error_for_that_snapshot_and_can_be_tried
     assert shown == {
         "current_snapshot_identity": None,
         "readiness": True,
-        "loading_state": {"stage": "error", "target_snapshot_identity": "step_1"},
+        "loading_state": {
+            "stage": "error",
+            "target_snapshot_identity": "step_1",
+            "error": "damaged",
+        },
     }
     assert serving.plane.routes.get().deployments["local/d1"].replicas
     report = await serving.call("GET", "/v1/homefire/status")
     assert report["deployments"][0]["replicas"][0]["error"] == "damaged"
 
     replica.on_load = lambda asked: replica.say(
-        stage=HotLoadStage.IDLE, identity=asked.identity, error="", target=None
+        stage=HotLoadStage.IDLE, identity=asked.identity, digest=asked.digest, error="", target=None
     )
     await load(serving, "step_1")
     assert (await status(serving))["replicas"][0]["current_snapshot_identity"] == "step_1"
@@ -130,7 +137,13 @@ async def test_an_error_from_before_is_not_taken_for_the_answer_to_a_new_signal(
     await serving.eventually(was_told_again)
     await serving.plane.reconciler.reconcile()
     assert not held.done()
-    replica.say(stage=HotLoadStage.IDLE, identity="step_1", error="", target=None)
+    replica.say(
+        stage=HotLoadStage.IDLE,
+        identity="step_1",
+        digest=replica.loads[-1].digest,
+        error="",
+        target=None,
+    )
     assert (await held)["replicas"][0]["current_snapshot_identity"] == "step_1"
 
 
@@ -190,7 +203,9 @@ async def test_a_replica_that_starts_later_loads_the_desired_snapshot_before_it_
     await serving.eventually(was_told)
     route = serving.plane.routes.get().deployments["local/d1"]
     assert (route.state, route.replicas) == ("READY", [])
-    second.say(stage=HotLoadStage.IDLE, identity="step_2", target=None)
+    second.say(
+        stage=HotLoadStage.IDLE, identity="step_2", digest=second.loads[-1].digest, target=None
+    )
 
     async def is_routed() -> bool:
         return bool(serving.plane.routes.get().deployments["local/d1"].replicas)
@@ -309,3 +324,25 @@ async def test_a_reply_holds_what_the_client_reads_and_nothing_else(serving: Any
         "readiness",
         "loading_state",
     }
+
+
+async def test_weights_of_another_job_under_the_same_name_are_loaded_over(
+    bench: Any, serving: Any
+) -> None:
+    """Ready with the wanted name is what clients wait for, so it must not be said too early."""
+    replica = bench.replica()
+    replica.say(identity="step_1", digest="of another job")
+    replica.on_load = lambda asked: None
+    await load(serving, "step_1")
+
+    async def was_told() -> bool:
+        return bool(replica.loads)
+
+    await serving.eventually(was_told)
+    held = asyncio.create_task(status(serving))
+    await serving.plane.reconciler.reconcile()
+    assert not held.done()
+    replica.say(identity="step_1", digest=replica.loads[-1].digest)
+    (shown,) = (await held)["replicas"]
+    assert shown["readiness"]
+    assert shown["current_snapshot_identity"] == "step_1"

@@ -104,6 +104,8 @@ class DesiredWeights(msgspec.Struct, frozen=True, kw_only=True):
     identity: str | None = None
     """None: the base model."""
     location: SnapshotLocation | None = None
+    digest: str = ""
+    """Of the snapshot's weights by its manifest: two jobs may use one identity. Empty for the base."""
     reset_prompt_cache: bool = True
     transition: str = "DRAIN"
     generation: int = 0

@@ -23,7 +23,7 @@ from homefire.inference.engine.protocol import (
     Swapped,
     WeightSet,
 )
-from homefire.wire.errors import HomefireError, InvalidArgument
+from homefire.wire.errors import DigestMismatch, HomefireError, InvalidArgument
 from homefire.wire.ids import BASE_IDENTITY, Identity
 from homefire.wire.internal import HotLoadRequest, HotLoadStage, LedgerEntry, SnapshotLocation
 from homefire.wire.manifest import CheckpointKind
@@ -112,9 +112,16 @@ class HotLoader:
         if wanted.identity is None or wanted.location is None:
             return await asyncio.to_thread(engine.base_weights)
         held = self._held(engine, wanted.location)
-        return await asyncio.to_thread(
+        weights = await asyncio.to_thread(
             read_weights, self._store, wanted.location, wanted.identity, held
         )
+        if wanted.digest not in ("", weights.served.digest):
+            raise DigestMismatch(
+                f"snapshot {wanted.identity!r} has digest {weights.served.digest}, not the"
+                f" {wanted.digest} that was asked for",
+                hint="it was replaced meanwhile; hot-load it again",
+            )
+        return weights
 
     async def _swap(self, engine: InferenceEngine, weights: WeightSet) -> Swapped:
         done = engine.swap_weights(weights, drain_timeout_s=self._drain_timeout_s)
@@ -130,7 +137,9 @@ class HotLoader:
 
     def _is_serving(self, engine: InferenceEngine, wanted: HotLoadRequest) -> bool:
         is_same_place = wanted.identity is None or wanted.location == self._served_from
-        return engine.serving().identity == wanted.identity and is_same_place
+        serving = engine.serving()
+        is_same = wanted.digest in ("", serving.digest)
+        return serving.identity == wanted.identity and is_same and is_same_place
 
     def _enter(self, stage: HotLoadStage, target: str | None, error: str = "") -> None:
         self.stage, self.target, self.error = stage, target, error

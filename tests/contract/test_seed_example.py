@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,28 +13,18 @@ from contract.environments import FIREWORKS_1_2_0A68
 from homefire.checkpoints import DirectoryStore
 from homefire.checkpoints.tiny import ensure_tiny
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind
+from journeys.hf_cache import cache_repository
 
 HERE = Path(__file__).parent
 HOSTED_MODEL = "accounts/fireworks/models/qwen3-8b"
-
-
-def cache_tokenizer(hub: Path, repository: str, model_directory: Path) -> None:
-    """A Hugging Face cache entry, so that `AutoTokenizer.from_pretrained(repository)` is local."""
-    entry = hub / f"models--{repository.replace('/', '--')}"
-    snapshot = entry / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    for file in model_directory.iterdir():
-        if file.suffix in {".json", ".jinja"}:
-            shutil.copy(file, snapshot / file.name)
-    (entry / "refs").mkdir()
-    (entry / "refs" / "main").write_text("0" * 40)
 
 
 @pytest.fixture(scope="module")
 def findings(homefire_up, tmp_path_factory) -> dict:
     server = homefire_up(arguments=["--alias", f"{HOSTED_MODEL}=tiny"])
     cache = tmp_path_factory.mktemp("hf")
-    cache_tokenizer(cache / "hub", "Qwen/Qwen3-8B", ensure_tiny(cache / "tiny"))
+    tiny = ensure_tiny(cache / "tiny")
+    cache_repository(cache / "hub", "Qwen/Qwen3-8B", tiny, pattern="*.json")
     environment = {
         **os.environ,
         "FIREWORKS_BASE_URL": server.url,

@@ -53,6 +53,7 @@ class Loop:
     deployments: DeploymentManager
     deployment_id: str
     lora_rank: int = 0
+    base_model: str = "tiny"
     client: FiretitanTrainingClient = field(init=False)
     syncer: WeightSyncer = field(init=False)
 
@@ -64,7 +65,9 @@ class Loop:
         """A new session on the job: what a script does after a crash."""
         endpoint = self.jobs.reconnect_and_wait(self.job.job_id, timeout_s=120)
         service = FiretitanServiceClient(base_url=endpoint.base_url, api_key=self.server.api_key)
-        self.client = service.create_training_client(base_model="tiny", lora_rank=self.lora_rank)
+        self.client = service.create_training_client(
+            base_model=self.base_model, lora_rank=self.lora_rank
+        )
         return self.client
 
     def follow(self, server: Any) -> None:
@@ -80,7 +83,7 @@ class Loop:
             policy_client=self.client,
             deploy_mgr=self.deployments,
             deployment_id=self.deployment_id,
-            base_model="tiny",
+            base_model=self.base_model,
             lora_rank=self.lora_rank,
         )
 
@@ -111,16 +114,22 @@ class Loop:
         return [event for _, event in read_events(path) if event["event"] == name]
 
 
-def start_loop(server: Any, *, deployment_id: str = "serving", lora_rank: int = 0) -> Loop:
+def start_loop(
+    server: Any,
+    *,
+    deployment_id: str = "serving",
+    lora_rank: int = 0,
+    base_model: str = "tiny",
+) -> Loop:
     """Requests a trainer and a deployment linked to it, waits for both and connects."""
     jobs = TrainerJobManager(api_key=server.api_key, base_url=server.url)
     deployments = DeploymentManager(api_key=server.api_key, base_url=server.url)
-    job = jobs.create(TrainerJobConfig(base_model="tiny", lora_rank=lora_rank))
+    job = jobs.create(TrainerJobConfig(base_model=base_model, lora_rank=lora_rank))
     deployments.create_or_get(
         DeploymentConfig(
-            deployment_id=deployment_id, base_model="tiny", hot_load_trainer_job=job.job_name
+            deployment_id=deployment_id, base_model=base_model, hot_load_trainer_job=job.job_name
         )
     )
     jobs.wait_for_ready(job.job_id)
     deployments.wait_for_ready(deployment_id)
-    return Loop(server, job, jobs, deployments, deployment_id, lora_rank)
+    return Loop(server, job, jobs, deployments, deployment_id, lora_rank, base_model)

@@ -150,6 +150,8 @@ class Worker:
 
     async def _note_death(self, died: EngineDied, engine: Engine | None, failed_starts: int) -> int:
         """Restarts are counted until one succeeds: an engine that cannot come up is given up."""
+        if not self._stopping:
+            self._status.enter(TrainerState.STARTING)
         exit_status = await engine.kill() if engine else None
         log.error("%s (exit status %s)", died, exit_status)
         self._events.append("engine_died", detail=str(died), exit_status=exit_status)

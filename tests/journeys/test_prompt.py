@@ -106,3 +106,12 @@ def test_a_wrong_key_opens_nothing(loop):
     for path in ("/v1/accounts", "/inference/v1/completions", "/hot_load/v1/models/hot_load"):
         answer = httpx.get(f"{loop.server.url}{path}", headers={"X-Api-Key": "tml-wrong"})
         assert answer.status_code == 401
+
+
+async def test_the_sdk_works_inside_a_running_event_loop_as_in_a_notebook(loop):
+    loop.train()
+    snapshot = loop.syncer.save_and_hotload("in-a-notebook")
+    (completion,) = await loop.sampler().sample_with_prompt_tokens(
+        list(b"abc"), max_tokens=2, expect_identity=snapshot
+    )
+    assert completion.weights.identity == snapshot

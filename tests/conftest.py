@@ -13,9 +13,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from homefire.foundation.home import Home
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile(
+    "homefire", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("homefire")
 
 _MARK = "HOMEFIRE_TEST_RUN"
 _READY = "homefire is ready at "

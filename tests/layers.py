@@ -19,8 +19,8 @@ TESTS = Path(__file__).parent
 BUDGETS_S = {
     "unit": 180,
     "parity": 120,
-    "contract": 180,
-    "journeys": 360,
+    "contract": 120,
+    "journeys": 480,
     "faults": 240,
     "docs": 60,
 }

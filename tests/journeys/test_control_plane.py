@@ -128,6 +128,19 @@ def test_a_cancelled_job_is_resumed_by_reconnecting(loop):
     assert loop.events("optim_step")[-1]["step"] == 5
 
 
+def test_a_deleted_snapshot_is_nobodys_parent(loop):
+    """The trainer's next delta would have built on it; what it writes instead must still load."""
+    gone = loop.client.save_weights_for_sampler_ext("short-lived", checkpoint_type="delta")
+    words = ("checkpoint", "delete", gone.snapshot_name, "--job", loop.job.job_id, "--yes")
+    assert "deleted" in loop.server.cli(*words).stdout
+    loop.train()
+    saved = loop.client.save_weights_for_sampler_ext("next", checkpoint_type="delta")
+    assert loop.deployments.hotload_and_wait(loop.deployment_id, "tiny", saved.snapshot_name)
+    newest = loop.store.list("local", loop.job.job_id, family=CheckpointFamily.SAMPLER)[-1]
+    assert newest.identity == saved.snapshot_name
+    assert newest.parent != gone.snapshot_name
+
+
 BAD_REQUESTS = {
     "an unknown base model": (
         lambda jobs, deployments: jobs.create(TrainerJobConfig(base_model="no-such-model")),

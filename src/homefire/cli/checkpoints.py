@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
 
@@ -29,7 +30,7 @@ _COLUMNS = (
 
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
-        "checkpoint", help="list or get the checkpoints of a trainer job, with their lineage"
+        "checkpoint", help="list, get or delete the checkpoints of a trainer job"
     )
     verbs = parser.add_subparsers(dest="verb", metavar="list|get|delete", required=True)
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
@@ -38,6 +39,8 @@ def add_parser(commands: Commands) -> None:
             leaf.add_argument(
                 "name", metavar="NAME", help="a snapshot's identity or a state's name"
             )
+        if verb == "delete":
+            leaf.add_argument("--yes", action="store_true", help="do not ask")
         leaf.add_argument("--job", metavar="J", required=True, help="id of the trainer job")
         add_home(leaf)
         add_json(leaf)
@@ -80,12 +83,19 @@ def run_get(arguments: argparse.Namespace) -> int:
 
 
 def run_delete(arguments: argparse.Namespace) -> int:
-    from homefire.wire.errors import Unsupported
+    from homefire.cli.server import Server
 
-    raise Unsupported(
-        f"checkpoint {arguments.name!r} cannot be deleted alone: later deltas may rest on it",
-        hint="give snapshots a ttl_seconds when saving them",
-    )
+    name = last_segment(arguments.name)
+    question = f"delete checkpoint {name} of {arguments.job}? its files are removed"
+    if not (arguments.yes or confirmed(question)):
+        return 1
+    with Server(home_of(arguments)) as server:
+        server.delete(f"{_job(server, arguments.job)}/checkpoints/{name}")
+    if arguments.json:
+        print_json({"deleted": name})
+    else:
+        print(f"checkpoint {name} deleted")
+    return 0
 
 
 def _job(server: Server, job: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from homefire.cli import checkpoints
+from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table
 
@@ -172,15 +172,6 @@ def run_delete(arguments: argparse.Namespace) -> int:
     else:
         print(f"{kind.noun} {arguments.name} deleted")
     return 0
-
-
-def confirmed(question: str) -> bool:
-    """Asks on the terminal; where nobody can be asked, nothing is deleted without `--yes`."""
-    from homefire.wire.errors import InvalidArgument
-
-    if not sys.stdin.isatty():
-        raise InvalidArgument("nobody is there to confirm the deletion", hint="add --yes")
-    return input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}
 
 
 def _resource(server: Server, kind: ResourceKind, name: str) -> str:

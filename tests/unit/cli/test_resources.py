@@ -124,17 +124,19 @@ def test_delete_with_yes(homefire, control):
     assert control.seen[-1] == f"DELETE /v1/{JOB['name']}"
 
 
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (("shape", "delete", "tiny-full", "--yes"), "generated from what this machine has"),
-        (("checkpoint", "delete", "step_1", "--job", "job-1"), "later deltas may rest on it"),
-    ],
-)
-def test_what_cannot_be_deleted_says_why(homefire, control, words, why):
-    outcome = homefire(*words)
+def test_a_checkpoint_is_deleted_when_asked_twice(homefire, control):
+    path = f"/v1/{JOB['name']}/checkpoints/step_1"
+    control.answers[f"DELETE {path}"] = {}
+    words = ("checkpoint", "delete", "step_1", "--job", "job-1")
+    assert "add --yes" in homefire(*words).err
+    assert homefire(*words, "--yes").out == "checkpoint step_1 deleted\n"
+    assert [seen for seen in control.seen if seen.startswith("DELETE")] == [f"DELETE {path}"]
+
+
+def test_what_cannot_be_deleted_says_why(homefire, control):
+    outcome = homefire("shape", "delete", "tiny-full", "--yes")
     assert outcome.status == 1
-    assert why in outcome.err
+    assert "generated from what this machine has" in outcome.err
     assert control.seen == []
 
 

@@ -191,3 +191,40 @@ async def test_the_catalog_and_the_shapes_are_listed(control: Any) -> None:
     assert "versions" not in listed["trainingShapes"][0]["name"]
     name = listed["trainingShapes"][0]["name"]
     assert (await control.call("GET", f"/v1/{name}/versions/v1"))["name"] == f"{name}/versions/v1"
+
+
+async def test_a_checkpoint_goes_only_when_nothing_rests_on_it(bench: Any, control: Any) -> None:
+    """Children before parents, what is served never, a state not while a job may recover from it."""
+    await control.create_job()
+    await control.create_deployment(hotLoadTrainerJob="accounts/local/rlorTrainerJobs/j1")
+    base = bench.save_snapshot("step_1")
+    bench.save_snapshot("step_2", parent=base)
+    bench.save_snapshot("step_3")
+    bench.save_state("mark")
+
+    async def delete(name: str, *, expect: int = 200) -> Any:
+        return await control.call("DELETE", f"{JOB}/checkpoints/{name}", expect=expect)
+
+    async def names() -> list[str]:
+        rows = (await control.call("GET", f"{JOB}/checkpoints"))["checkpoints"]
+        return [row["name"].rpartition("/")[2] for row in rows]
+
+    headers = {"fireworks-deployment": "accounts/local/deployments/d1"}
+    await control.call(
+        "POST", "/hot_load/v1/models/hot_load", {"identity": "step_3"}, headers=headers
+    )
+    refused = {
+        name: (await delete(name, expect=status))["error"]["message"]
+        for name, status in (("step_1", 400), ("step_3", 400), ("mark", 400), ("nope", 404))
+    }
+    assert "parent of 'step_2'" in refused["step_1"]
+    assert "deployment 'd1' serves" in refused["step_3"]
+    assert "job 'j1'" in refused["mark"]
+    assert "'nope'" in refused["nope"]
+    assert await names() == ["step_1", "step_2", "step_3", "mark"]
+
+    await delete("step_2")
+    await delete("step_1")
+    await control.call("DELETE", JOB)
+    await delete("mark")
+    assert await names() == ["step_3"]

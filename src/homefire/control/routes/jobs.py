@@ -77,6 +77,12 @@ async def list_checkpoints(plane: ControlPlane, request: Request) -> Response:
     return json_response(CheckpointList(checkpoints=rows, next_page_token=following))
 
 
+async def delete_checkpoint(plane: ControlPlane, request: Request) -> Response:
+    job = await _job(plane, request)
+    await plane.records.delete_checkpoint(job, request.path_params["checkpoint"])
+    return json_response({})
+
+
 async def get_metrics(plane: ControlPlane, request: Request) -> Response:
     return json_response(MetricsRecord(await plane.records.metrics(await _job(plane, request))))
 
@@ -129,6 +135,12 @@ ENDPOINTS = [
         "Snapshots and states, oldest first, also of a deleted job",
         CheckpointList,
         query=("pageSize", "pageToken"),
+    ),
+    Endpoint(
+        "DELETE",
+        f"{_ONE}/checkpoints/{{checkpoint}}",
+        delete_checkpoint,
+        "Delete one that nothing rests on",
     ),
     Endpoint("GET", f"{_ONE}/metrics", get_metrics, "The job's record", MetricsRecord),
     Endpoint("POST", f"{_ONE}/metrics", add_metrics, "Add to the record", MetricsRow, MetricsEntry),

@@ -97,15 +97,16 @@ def account_of(request: Request) -> str:
 
 async def answer_error(request: Request, exc: Exception) -> Response:
     """The only place where an exception becomes a response."""
-    return respond(request, _translate(request, exc))
+    status = exc.status_code if isinstance(exc, HTTPException) else None  # 405 keeps its own
+    return respond(request, _translate(request, exc), status=status)
 
 
-def respond(request: Request, error: HomefireError) -> Response:
+def respond(request: Request, error: HomefireError, *, status: int | None = None) -> Response:
+    """`status` when it is not the error's usual one."""
     request_id = request_id_of(request)
-    headers = {"retry-after": "1"} if error.http_status in {429, 503} else None
-    return json_response(
-        error_body(error, request_id=request_id), status=error.http_status, headers=headers
-    )
+    status = status or error.http_status
+    headers = {"retry-after": "1"} if status in {429, 503} else None
+    return json_response(error_body(error, request_id=request_id), status=status, headers=headers)
 
 
 def _translate(request: Request, exc: Exception) -> HomefireError:
@@ -115,9 +116,7 @@ def _translate(request: Request, exc: Exception) -> HomefireError:
         where = f"{request.method} {request.url.path}"
         if exc.status_code == 404:
             return NotFound(f"no route {where}")
-        error = InvalidArgument(f"{where}: {exc.detail}")
-        error.http_status = exc.status_code  # type: ignore[misc]  # 405 keeps its status
-        return error
+        return InvalidArgument(f"{where}: {exc.detail}")
     if isinstance(exc, ClientDisconnect):
         return InvalidArgument("the client went away")
     log.error("request %s failed", request_id_of(request), exc_info=exc)

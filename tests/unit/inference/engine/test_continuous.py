@@ -176,7 +176,7 @@ def test_an_engine_that_lost_its_weights_serves_nothing_more(
     network = BigramNetwork(tiny_directory, max_context_length=100)
     engine = make_engine(network)
     engine.swap_weights(canary_set(6), drain_timeout_s=1.0).result(TIMEOUT_S)
-    network.install = install  # type: ignore[method-assign]
+    network.install = install
     swap = engine.swap_weights(canary_set(7), drain_timeout_s=1.0)
     assert isinstance(swap.exception(TIMEOUT_S), EngineFailed)
     with pytest.raises(EngineFailed, match="broken"):

@@ -337,7 +337,7 @@ def test_a_swap_that_breaks_half_way_puts_the_old_weights_back(make_bench: Any, 
             raise RuntimeError("the disk is gone")
         return real(weights)
 
-    spy.install = break_half_way  # type: ignore[method-assign]
+    spy.install = break_half_way
     done = swap(bench, canary_set(5))
     with pytest.raises(RuntimeError):
         bench.scheduler.step()

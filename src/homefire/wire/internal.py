@@ -7,6 +7,9 @@ All of them travel over the services' own sockets, with the header `x-homefire-s
                                                            -> ReplicaStatus      (replica)
     POST /internal/hot_load        HotLoadRequest          -> ReplicaStatus      (replica; 202)
     GET  /internal/routes?after=<version>&wait_s=<s>       -> RouteTable         (control)
+    POST /internal/tinker/runs     NewRun                  -> RunPlace           (control)
+    GET  /internal/tinker/runs/{run}?account=<a>           -> RunPlace           (control)
+    POST /internal/tinker/wake     Wake                    -> {}                 (control)
 
 A status with `after` is answered as soon as its version differs from `after`, else after `wait_s`.
 """
@@ -157,3 +160,32 @@ class RouteTable(msgspec.Struct, frozen=True, kw_only=True):
     deployments: dict[str, DeploymentRoute] = {}
     models: dict[str, str] = {}
     """Deployed model resource `accounts/<a>/models/<m>` -> a deployment key that serves it."""
+
+
+class NewRun(msgspec.Struct, frozen=True, kw_only=True):
+    """A root session creates a model. The same run again is the same run."""
+
+    account: str
+    session_id: str
+    model_seq_id: int
+    base_model: str | None = None
+    """As the client named it; None when it comes from the checkpoint at `path`."""
+    path: str | None = None
+    rank: int | None = None
+    """0: full parameter. None: what the checkpoint has, else the protocol's default."""
+    user_metadata: dict[str, str] = {}
+
+
+class RunPlace(msgspec.Struct, frozen=True):
+    """Which job trains a run; its route may still be on its way."""
+
+    run: str
+    job: str
+
+
+class Wake(msgspec.Struct, frozen=True):
+    """A request came for a root job or sampler that is parked: start it again."""
+
+    account: str
+    service: str
+    """Id of the job or deployment."""

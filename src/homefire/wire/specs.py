@@ -61,6 +61,12 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     job_dir: str
     """Journal, recovery points, events.jsonl and logs of this job."""
     engine: EngineKind = EngineKind.TORCH
+    pooled: bool = False
+    """A root plane's trainer: every model has a slot of its own, named after it; sessions are the
+    gateway's business."""
+    sampler: str = ""
+    """The deployment that samples what this job saves: ephemeral saves name sampling sessions of it.
+    Empty for a dedicated job, which has none."""
     micro_batch_tokens: int = 8192
     """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
     snapshot_cap_bytes: int = 64 << 30
@@ -87,6 +93,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     store_root: str
     replica_dir: str
     engine: EngineKind = EngineKind.TORCH
+    samples_job: str = ""
+    """The job in whose part of the store Tinker sampling sessions find their snapshots; empty: none."""
     max_running: int = 64
     """Sequences decoded together."""
     max_queued: int = 4096
@@ -103,6 +111,8 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, str] = {}
     model_roots: list[str] = []
     engine: EngineKind = EngineKind.TORCH
+    pool_idle_s: float = 1800.0
+    """A root plane's trainer or sampler that nobody used for so long is parked; 0 = never."""
     capacity_threads: int = 0
     """Engine threads that may be handed out; 0 = twice the cores (an idle engine costs nothing)."""
     capacity_memory_bytes: int = 0

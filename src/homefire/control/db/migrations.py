@@ -81,7 +81,51 @@ CREATE INDEX client_metrics_of_job ON client_metrics (job, at);
 CREATE INDEX evaluations_of_account ON evaluations (account, at);
 """
 
-MIGRATIONS = [_FIRST]
+_ROOT_PLANE = """
+CREATE TABLE tinker_sessions (
+    id TEXT PRIMARY KEY,
+    account TEXT NOT NULL,
+    tags TEXT NOT NULL,
+    user_metadata TEXT NOT NULL,
+    display_name TEXT,
+    project_id TEXT,
+    sdk_version TEXT,
+    created_at REAL NOT NULL,
+    heartbeat_at REAL NOT NULL,
+    finished_at REAL,
+    finish_reason TEXT,
+    finish_detail TEXT
+);
+CREATE INDEX tinker_sessions_of_account ON tinker_sessions (account, created_at);
+CREATE TABLE tinker_runs (
+    id TEXT PRIMARY KEY,
+    account TEXT NOT NULL,
+    session TEXT NOT NULL REFERENCES tinker_sessions (id),
+    model_seq_id INTEGER NOT NULL,
+    job TEXT NOT NULL REFERENCES jobs (id),
+    base_model TEXT NOT NULL,
+    lora_rank INTEGER NOT NULL,
+    user_metadata TEXT NOT NULL,
+    source_path TEXT,
+    created_at REAL NOT NULL,
+    last_request_at REAL NOT NULL
+);
+CREATE INDEX tinker_runs_of_account ON tinker_runs (account, created_at);
+CREATE INDEX tinker_runs_of_session ON tinker_runs (session);
+CREATE TABLE sampling_sessions (
+    id TEXT PRIMARY KEY,
+    account TEXT NOT NULL,
+    session TEXT NOT NULL REFERENCES tinker_sessions (id),
+    seq_id INTEGER NOT NULL,
+    sampler TEXT NOT NULL,
+    base_model TEXT NOT NULL,
+    model_path TEXT,
+    created_at REAL NOT NULL
+);
+CREATE INDEX sampling_sessions_of_session ON sampling_sessions (session);
+"""
+
+MIGRATIONS = [_FIRST, _ROOT_PLANE]
 """MIGRATIONS[n] leads from version n to version n + 1."""
 
 

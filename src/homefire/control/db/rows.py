@@ -182,3 +182,58 @@ class ClientMetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     at: float
     step: int
     metrics: dict[str, float]
+
+
+class TinkerSessionRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A session of the root Tinker plane. Example id: `ts-3f9a1c2e4b50536f`."""
+
+    id: str
+    account: str
+    tags: list[str] = []
+    user_metadata: dict[str, Any] = {}
+    display_name: str | None = None
+    project_id: str | None = None
+    sdk_version: str | None = None
+    created_at: float
+    heartbeat_at: float
+    """Written at most once a minute; the live value is in memory."""
+    finished_at: float | None = None
+    finish_reason: str | None = None
+    """`success`, `errored` or `interrupted`; the first one given."""
+    finish_detail: str | None = None
+
+
+class TinkerRunRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A training run of the root plane: a model of a session, and a slot of its job's store."""
+
+    id: str
+    """The model id that clients derive, `ts-…:train:0`."""
+    account: str
+    session: str
+    model_seq_id: int
+    job: str
+    base_model: str
+    """As the client named it, or as its checkpoint does."""
+    lora_rank: int
+    """0: all parameters train."""
+    user_metadata: dict[str, str] = {}
+    source_path: str | None = None
+    """The checkpoint it was created from."""
+    created_at: float
+    last_request_at: float
+    """Of a request that control saw: creation, and routing after a restart of the gateway."""
+
+
+class SamplingSessionRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A sampling session that control created; those of ephemeral saves have no row."""
+
+    id: str
+    account: str
+    session: str
+    seq_id: int
+    sampler: str
+    """The deployment."""
+    base_model: str
+    model_path: str | None = None
+    """None: the base model is sampled."""
+    created_at: float

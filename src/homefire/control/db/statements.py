@@ -171,3 +171,75 @@ INSERT INTO client_metrics (job, at, step, metrics) VALUES (:job, :at, :step, :m
 
 # What clients added to a job's record, oldest first.
 CLIENT_METRICS = "SELECT * FROM client_metrics WHERE job = ? ORDER BY at, rowid"
+
+# --- the root Tinker plane --------------------------------------------------------------------
+
+# A new session of a client.
+INSERT_TINKER_SESSION = """
+INSERT INTO tinker_sessions
+    (id, account, tags, user_metadata, display_name, project_id, sdk_version, created_at,
+     heartbeat_at)
+VALUES
+    (:id, :account, :tags, :user_metadata, :display_name, :project_id, :sdk_version, :created_at,
+     :heartbeat_at)
+"""
+
+# One session.
+TINKER_SESSION = "SELECT * FROM tinker_sessions WHERE id = ?"
+
+# An account's sessions, oldest first.
+TINKER_SESSIONS = "SELECT * FROM tinker_sessions WHERE account = ? ORDER BY created_at, rowid"
+
+# When clients were last heard of; a finished session stays as it is.
+TOUCH_TINKER_SESSION = """
+UPDATE tinker_sessions SET heartbeat_at = :heartbeat_at
+WHERE id = :id AND finished_at IS NULL AND heartbeat_at < :heartbeat_at
+"""
+
+# The end of a session: the first reason stays.
+FINISH_TINKER_SESSION = """
+UPDATE tinker_sessions
+SET finished_at = :finished_at, finish_reason = :finish_reason, finish_detail = :finish_detail
+WHERE id = :id AND finished_at IS NULL
+"""
+
+# A new training run; a constraint error means that the session has a model of this number.
+INSERT_TINKER_RUN = """
+INSERT INTO tinker_runs
+    (id, account, session, model_seq_id, job, base_model, lora_rank, user_metadata, source_path,
+     created_at, last_request_at)
+VALUES
+    (:id, :account, :session, :model_seq_id, :job, :base_model, :lora_rank, :user_metadata,
+     :source_path, :created_at, :last_request_at)
+"""
+
+# One training run.
+TINKER_RUN = "SELECT * FROM tinker_runs WHERE id = ?"
+
+# An account's training runs, oldest first.
+TINKER_RUNS = "SELECT * FROM tinker_runs WHERE account = ? ORDER BY created_at, rowid"
+
+# The training runs of one session.
+TINKER_RUNS_OF_SESSION = "SELECT * FROM tinker_runs WHERE session = ? ORDER BY model_seq_id"
+
+# A request for the run came by.
+TOUCH_TINKER_RUN = """
+UPDATE tinker_runs SET last_request_at = :last_request_at
+WHERE id = :id AND last_request_at < :last_request_at
+"""
+
+# A sampling session; asked for again it is the same one.
+INSERT_SAMPLING_SESSION = """
+INSERT OR IGNORE INTO sampling_sessions
+    (id, account, session, seq_id, sampler, base_model, model_path, created_at)
+VALUES
+    (:id, :account, :session, :seq_id, :sampler, :base_model, :model_path, :created_at)
+"""
+
+# One sampling session.
+SAMPLING_SESSION = "SELECT * FROM sampling_sessions WHERE id = ?"
+
+# The sampling sessions of one session.
+SAMPLING_SESSIONS_OF_SESSION = """
+SELECT * FROM sampling_sessions WHERE session = ? ORDER BY created_at, rowid
+"""

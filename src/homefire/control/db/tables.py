@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-import msgspec
 
 from homefire.control.db import statements as sql
+from homefire.control.db.columns import as_json, changed, columns, every, insert, one
 from homefire.control.db.rows import (
     ClientMetricsRow,
     DeploymentConfig,
@@ -22,15 +19,10 @@ from homefire.control.db.rows import (
     Supervision,
 )
 from homefire.launch import ProcessRecord
-from homefire.wire.errors import AlreadyExists
 from homefire.wire.internal import KeyRoute
 from homefire.wire.resources import DeploymentState, JobState, ModelKind
 
 Connection = sqlite3.Connection
-Row = TypeVar("Row")
-
-_JSON_COLUMNS = {"config", "supervision", "desired", "source", "worker", "entry", "metrics"}
-_BOOLEAN_COLUMNS = {"purge", "leaving", "done"}
 
 
 def register_key(connection: Connection, sha256: str, account: str, now: float) -> None:
@@ -43,15 +35,15 @@ def keys(connection: Connection) -> list[KeyRoute]:
 
 
 def insert_job(connection: Connection, job: JobRow) -> None:
-    _insert(connection, sql.INSERT_JOB, job, what=f"trainer job {job.id!r}")
+    insert(connection, sql.INSERT_JOB, job, what=f"trainer job {job.id!r}")
 
 
 def job(connection: Connection, job_id: str) -> JobRow | None:
-    return _one(connection, sql.JOB, (job_id,), JobRow)
+    return one(connection, sql.JOB, (job_id,), JobRow)
 
 
 def jobs(connection: Connection) -> list[JobRow]:
-    return _all(connection, sql.JOBS, (), JobRow)
+    return every(connection, sql.JOBS, (), JobRow)
 
 
 def advance_job(
@@ -65,30 +57,30 @@ def advance_job(
 ) -> bool:
     """False when the job is not in the state of `job` any more."""
     values = {"to": to, "message": message, "now": now, "completed_at": completed_at}
-    return _changed(connection, sql.ADVANCE_JOB, {**values, "id": job.id, "state": job.state})
+    return changed(connection, sql.ADVANCE_JOB, {**values, "id": job.id, "state": job.state})
 
 
 def note_job(connection: Connection, job: JobRow, message: str, *, now: float) -> bool:
     values = {"message": message, "now": now, "id": job.id, "state": job.state}
-    return _changed(connection, sql.NOTE_JOB, values)
+    return changed(connection, sql.NOTE_JOB, values)
 
 
 def supervise_job(connection: Connection, job_id: str, supervision: Supervision) -> None:
-    connection.execute(sql.SUPERVISE_JOB, {"supervision": _json(supervision), "id": job_id})
+    connection.execute(sql.SUPERVISE_JOB, {"supervision": as_json(supervision), "id": job_id})
 
 
 def insert_deployment(connection: Connection, deployment: DeploymentRow) -> None:
     connection.execute(sql.REMOVE_DEPLOYMENT, (deployment.id,))
     what = f"deployment {deployment.id!r}"
-    _insert(connection, sql.INSERT_DEPLOYMENT, deployment, what=what)
+    insert(connection, sql.INSERT_DEPLOYMENT, deployment, what=what)
 
 
 def deployment(connection: Connection, deployment_id: str) -> DeploymentRow | None:
-    return _one(connection, sql.DEPLOYMENT, (deployment_id,), DeploymentRow)
+    return one(connection, sql.DEPLOYMENT, (deployment_id,), DeploymentRow)
 
 
 def deployments(connection: Connection) -> list[DeploymentRow]:
-    return _all(connection, sql.DEPLOYMENTS, (), DeploymentRow)
+    return every(connection, sql.DEPLOYMENTS, (), DeploymentRow)
 
 
 def advance_deployment(
@@ -101,30 +93,30 @@ def advance_deployment(
 ) -> bool:
     values = {"to": to, "message": message, "now": now}
     guard = {"id": deployment.id, "state": deployment.state}
-    return _changed(connection, sql.ADVANCE_DEPLOYMENT, {**values, **guard})
+    return changed(connection, sql.ADVANCE_DEPLOYMENT, {**values, **guard})
 
 
 def note_deployment(
     connection: Connection, deployment: DeploymentRow, message: str, *, now: float
 ) -> bool:
     values = {"message": message, "now": now, "id": deployment.id, "state": deployment.state}
-    return _changed(connection, sql.NOTE_DEPLOYMENT, values)
+    return changed(connection, sql.NOTE_DEPLOYMENT, values)
 
 
 def configure_deployment(
     connection: Connection, deployment: DeploymentRow, config: DeploymentConfig, *, now: float
 ) -> bool:
     guard = {"id": deployment.id, "state": deployment.state}
-    values = {"config": _json(config), "now": now, **guard}
-    return _changed(connection, sql.CONFIGURE_DEPLOYMENT, values)
+    values = {"config": as_json(config), "now": now, **guard}
+    return changed(connection, sql.CONFIGURE_DEPLOYMENT, values)
 
 
 def desire_weights(
     connection: Connection, deployment: DeploymentRow, desired: DesiredWeights, *, now: float
 ) -> bool:
     guard = {"id": deployment.id, "state": deployment.state}
-    values = {"desired": _json(desired), "now": now, **guard}
-    return _changed(connection, sql.DESIRE_WEIGHTS, values)
+    values = {"desired": as_json(desired), "now": now, **guard}
+    return changed(connection, sql.DESIRE_WEIGHTS, values)
 
 
 def mark_purge(connection: Connection, deployment_id: str) -> None:
@@ -140,22 +132,22 @@ def remove_deployment(connection: Connection, deployment_id: str) -> None:
 
 
 def insert_replica(connection: Connection, replica: ReplicaRow) -> None:
-    connection.execute(sql.INSERT_REPLICA, _columns(replica))
+    connection.execute(sql.INSERT_REPLICA, columns(replica))
 
 
 def replicas(connection: Connection) -> list[ReplicaRow]:
-    return _all(connection, sql.REPLICAS, (), ReplicaRow)
+    return every(connection, sql.REPLICAS, (), ReplicaRow)
 
 
 def replica(connection: Connection, deployment_id: str, number: int) -> ReplicaRow | None:
-    return _one(connection, sql.REPLICA, (deployment_id, number), ReplicaRow)
+    return one(connection, sql.REPLICA, (deployment_id, number), ReplicaRow)
 
 
 def supervise_replica(
     connection: Connection, deployment_id: str, number: int, supervision: Supervision
 ) -> None:
     values = {"deployment": deployment_id, "number": number}
-    connection.execute(sql.SUPERVISE_REPLICA, {**values, "supervision": _json(supervision)})
+    connection.execute(sql.SUPERVISE_REPLICA, {**values, "supervision": as_json(supervision)})
 
 
 def leave_replica(connection: Connection, replica: ReplicaRow) -> None:
@@ -167,25 +159,25 @@ def remove_replica(connection: Connection, replica: ReplicaRow) -> None:
 
 
 def insert_model(connection: Connection, model: ModelRow) -> None:
-    _insert(connection, sql.INSERT_MODEL, model, what=f"model {model.id!r}")
+    insert(connection, sql.INSERT_MODEL, model, what=f"model {model.id!r}")
 
 
 def model(connection: Connection, account: str, model_id: str) -> ModelRow | None:
-    return _one(connection, sql.MODEL, (account, model_id), ModelRow)
+    return one(connection, sql.MODEL, (account, model_id), ModelRow)
 
 
 def models(connection: Connection) -> list[ModelRow]:
-    return _all(connection, sql.MODELS, (), ModelRow)
+    return every(connection, sql.MODELS, (), ModelRow)
 
 
 def set_worker(connection: Connection, model: ModelRow, worker: ProcessRecord) -> None:
-    values = {"worker": _json(worker), "account": model.account, "id": model.id}
+    values = {"worker": as_json(worker), "account": model.account, "id": model.id}
     connection.execute(sql.SET_WORKER, values)
 
 
 def finish_model(connection: Connection, model: ModelRow, kind: ModelKind, digest: str) -> bool:
     values = {"kind": kind, "digest": digest, "account": model.account, "id": model.id}
-    return _changed(connection, sql.FINISH_MODEL, values)
+    return changed(connection, sql.FINISH_MODEL, values)
 
 
 def remove_model(connection: Connection, account: str, model_id: str) -> None:
@@ -193,11 +185,11 @@ def remove_model(connection: Connection, account: str, model_id: str) -> None:
 
 
 def insert_operation(connection: Connection, operation: OperationRow) -> None:
-    connection.execute(sql.INSERT_OPERATION, _columns(operation))
+    connection.execute(sql.INSERT_OPERATION, columns(operation))
 
 
 def operation(connection: Connection, name: str) -> OperationRow | None:
-    return _one(connection, sql.OPERATION, (name,), OperationRow)
+    return one(connection, sql.OPERATION, (name,), OperationRow)
 
 
 def finish_operation(
@@ -208,63 +200,16 @@ def finish_operation(
 
 
 def insert_evaluation(connection: Connection, evaluation: EvaluationRow) -> None:
-    connection.execute(sql.INSERT_EVALUATION, _columns(evaluation))
+    connection.execute(sql.INSERT_EVALUATION, columns(evaluation))
 
 
 def evaluations(connection: Connection, account: str) -> list[EvaluationRow]:
-    return _all(connection, sql.EVALUATIONS, (account,), EvaluationRow)
+    return every(connection, sql.EVALUATIONS, (account,), EvaluationRow)
 
 
 def insert_client_metrics(connection: Connection, metrics: ClientMetricsRow) -> None:
-    connection.execute(sql.INSERT_CLIENT_METRICS, _columns(metrics))
+    connection.execute(sql.INSERT_CLIENT_METRICS, columns(metrics))
 
 
 def client_metrics(connection: Connection, job_id: str) -> list[ClientMetricsRow]:
-    return _all(connection, sql.CLIENT_METRICS, (job_id,), ClientMetricsRow)
-
-
-def _insert(connection: Connection, statement: str, row: msgspec.Struct, *, what: str) -> None:
-    try:
-        connection.execute(statement, _columns(row))
-    except sqlite3.IntegrityError as exc:
-        raise AlreadyExists(f"{what} exists", hint="use it, or choose another id") from exc
-
-
-def _one(
-    connection: Connection, statement: str, values: tuple[Any, ...], kind: type[Row]
-) -> Row | None:
-    row = connection.execute(statement, values).fetchone()
-    return None if row is None else _decoded(row, kind)
-
-
-def _all(
-    connection: Connection, statement: str, values: tuple[Any, ...], kind: type[Row]
-) -> list[Row]:
-    return [_decoded(row, kind) for row in connection.execute(statement, values)]
-
-
-def _decoded(row: sqlite3.Row, kind: type[Row]) -> Row:
-    columns = {name: _decoded_column(name, value) for name, value in dict(row).items()}
-    return msgspec.convert(columns, kind)
-
-
-def _decoded_column(name: str, value: Any) -> Any:
-    if name in _BOOLEAN_COLUMNS:
-        return bool(value)
-    return msgspec.json.decode(value) if name in _JSON_COLUMNS and value is not None else value
-
-
-def _columns(row: msgspec.Struct) -> dict[str, Any]:
-    values = msgspec.structs.asdict(row)
-    return {
-        name: _json(value) if name in _JSON_COLUMNS and value is not None else value
-        for name, value in values.items()
-    }
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _changed(connection: Connection, statement: str, values: Mapping[str, Any]) -> bool:
-    return connection.execute(statement, values).rowcount == 1
+    return every(connection, sql.CLIENT_METRICS, (job_id,), ClientMetricsRow)

@@ -1,6 +1,6 @@
 """The store in a directory:
 
-    <root>/<account>/<job>/<slot>/{sampler,state}/<name>/
+    <root>/<account>/<job>/<slot>/{sampler,state,external}/<name>/
     ├── manifest.json      written last
     └── …                  the files that it names
 
@@ -13,10 +13,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
+
+from homefire.checkpoints.amendments import amend_manifest
+from homefire.checkpoints.expiry import prunable
 from homefire.checkpoints.manifest_file import encode_manifest, read_manifest
 from homefire.checkpoints.staging import discard_directory, remove_leftovers, staging_directory
 from homefire.checkpoints.store import CheckpointKey, Staged
@@ -26,6 +31,7 @@ from homefire.foundation.failpoints import failpoint
 from homefire.wire.errors import (
     DigestMismatch,
     DuplicateCheckpoint,
+    FailedPrecondition,
     InvalidArgument,
     StorageFailed,
     UnknownSnapshot,
@@ -62,6 +68,36 @@ class DirectoryStore:
                 hint="check the free space and health of the store's disk, then save again",
             ) from exc
 
+    def copy(
+        self, source: CheckpointKey, to: CheckpointKey, *, expires_at: float | None
+    ) -> Manifest:
+        manifest, directory = self.manifest(source), self.directory(source)
+        if manifest.kind is CheckpointKind.DELTA:
+            raise FailedPrecondition(
+                f"snapshot {manifest.identity!r} is a delta of {manifest.parent!r} and cannot be "
+                "copied alone",
+                hint="save a base and copy that",
+            )
+        copied = msgspec.structs.replace(
+            manifest,
+            account=to.account,
+            job=to.job,
+            slot=to.slot,
+            identity=to.name,
+            created_at=self._clock.now(),
+            expires_at=expires_at,
+            public=False,
+        )
+        with self.stage(to) as staged:
+            for name in manifest.files:
+                _link_or_copy(directory / name, staged.directory / name)
+            if self.manifest(source).digest != manifest.digest:
+                raise FailedPrecondition(
+                    f"checkpoint {source} was overwritten while it was copied", hint="copy it again"
+                )
+            staged.commit(copied)
+        return copied
+
     def manifest(self, key: CheckpointKey) -> Manifest:
         try:
             return read_manifest(self.directory(key))
@@ -86,11 +122,47 @@ class DirectoryStore:
         family: CheckpointFamily | None = None,
     ) -> list[Manifest]:
         slots = check_name(slot, field="slot") if slot is not None else "*"
-        families = self._job(account, job).glob(f"{slots}/{family or '*'}")
-        found = [_read_or_warn(path) for parent in families for path in _checkpoints(parent)]
         now = self._clock.now()
-        alive = [m for m in found if m and (m.expires_at is None or m.expires_at > now)]
+        found = _manifests(self._job(account, job), f"{slots}/{family or '*'}")
+        alive = [m for m in found if not m.has_expired(now)]
         return sorted(alive, key=lambda m: (m.created_at, m.step, m.identity))
+
+    def loadable(self, key: CheckpointKey) -> Manifest:
+        manifest = self.manifest(key)
+        if manifest.has_expired(self._clock.now()):
+            raise self._unknown(key, reason="has expired in the store")
+        return manifest
+
+    def expire_at(self, key: CheckpointKey, expires_at: float | None) -> Manifest:
+        return self._amend(key, lambda m: msgspec.structs.replace(m, expires_at=expires_at))
+
+    def publish(self, key: CheckpointKey, *, public: bool) -> Manifest:
+        return self._amend(key, lambda m: msgspec.structs.replace(m, public=public))
+
+    def prune(self, is_needed: Callable[[Manifest], bool]) -> Sequence[CheckpointKey]:
+        return [key for job in self.root.glob("*/*") for key in self._prune_job(job, is_needed)]
+
+    def _prune_job(
+        self, job: Path, is_needed: Callable[[Manifest], bool]
+    ) -> Iterator[CheckpointKey]:
+        now = self._clock.now()
+        for manifest in prunable(_manifests(job, "*/*"), is_needed, now=now):
+            key = CheckpointKey.of(manifest)
+            try:
+                if not self.manifest(key).has_expired(now):
+                    return  # it was given more time, so what it descends from stays too
+                self.delete(key)
+            except UnknownSnapshot:
+                continue  # somebody else deleted it
+            yield key
+
+    def _amend(self, key: CheckpointKey, change: Callable[[Manifest], Manifest]) -> Manifest:
+        try:
+            while True:
+                with suppress(FileNotFoundError):  # overwritten since it was found
+                    return amend_manifest(self.directory(key), change)
+        except OSError as exc:
+            raise StorageFailed(f"checkpoint {key} could not be changed: {exc}") from exc
 
     def delete(self, key: CheckpointKey) -> None:
         self.directory(key)
@@ -110,11 +182,13 @@ class DirectoryStore:
         name = check_name(key.name, field="name")
         return self._job(key.account, key.job) / slot / key.family / name
 
-    def _unknown(self, key: CheckpointKey) -> UnknownSnapshot:
+    def _unknown(
+        self, key: CheckpointKey, *, reason: str = "is not in the store"
+    ) -> UnknownSnapshot:
         siblings = self.list(key.account, key.job, slot=key.slot, family=key.family)
         names = ", ".join(repr(m.identity) for m in siblings[-_NUM_NAMED:]) or "none yet"
         return UnknownSnapshot(
-            f"{key.family} checkpoint {key.name!r} is not in the store of {key.account}/{key.job}, "
+            f"{key.family} checkpoint {key.name!r} {reason} of {key.account}/{key.job}, "
             f"slot {key.slot!r}",
             hint=f"the latest that exist: {names}",
         )
@@ -173,6 +247,22 @@ def _published(final: Path) -> Path | None:
     return None
 
 
+def _manifests(job: Path, families: str) -> list[Manifest]:
+    """Of all committed checkpoints of a job, expired ones too."""
+    found = [_read_or_warn(path) for parent in job.glob(families) for path in _checkpoints(parent)]
+    return [manifest for manifest in found if manifest is not None]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Files of a committed checkpoint never change, so two may share one."""
+    try:
+        os.link(source, target)
+    except OSError as exc:
+        if exc.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}:
+            raise
+        shutil.copyfile(source, target)
+
+
 def _checkpoints(parent: Path) -> list[Path]:
     """Directories of all committed checkpoints in a family's directory."""
     names = {entry.name.removeprefix(_REPLACED) for entry in parent.iterdir()}
@@ -205,9 +295,7 @@ def _duplicate(key: CheckpointKey) -> DuplicateCheckpoint:
 
 
 def _check_belongs(manifest: Manifest, key: CheckpointKey) -> None:
-    is_state = manifest.kind is CheckpointKind.STATE
-    family = CheckpointFamily.STATE if is_state else CheckpointFamily.SAMPLER
-    named = CheckpointKey(manifest.account, manifest.job, manifest.slot, family, manifest.identity)
+    named = CheckpointKey.of(manifest)
     if named != key:
         raise InvalidArgument(f"the manifest names {named}, the checkpoint is {key}")
 

@@ -24,6 +24,7 @@ from homefire.checkpoints.safetensors_file import write_safetensors
 from homefire.checkpoints.store import CheckpointKey, CheckpointStore
 from homefire.wire.errors import DigestMismatch, InvalidArgument, SizeCapExceeded
 from homefire.wire.manifest import (
+    CheckpointFamily,
     CheckpointKind,
     FileEntry,
     LoraManifest,
@@ -171,6 +172,7 @@ def new_manifest(
         expires_at=info.expires_at,
         metadata=info.metadata,
         homefire_version=__version__,
+        external=key.family is CheckpointFamily.EXTERNAL,
     )
 
 

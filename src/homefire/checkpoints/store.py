@@ -1,16 +1,21 @@
-"""Where checkpoints live, as their users see it: five verbs, all or nothing.
+"""Where checkpoints live, as their users see it: few verbs, all or nothing.
 
-    stage      write files aside, then commit them under a key, or leave nothing behind
-    manifest   what a checkpoint is
-    directory  where its files are
-    list       what a job has
-    delete     take one away
+    stage       write files aside, then commit them under a key, or leave nothing behind
+    copy        the same checkpoint under another key
+    manifest    what a checkpoint is
+    directory   where its files are
+    list        what a job has
+    expire_at   when one ends
+    publish     whether other accounts may load it
+    delete      take one away
+    prune       take away what has ended
 
 Manifests in the store are the truth; control's database only indexes them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +36,12 @@ class CheckpointKey(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.account}/{self.job}/{self.slot}/{self.family}/{self.name}"
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> CheckpointKey:
+        """Where a checkpoint with this manifest lies."""
+        m = manifest
+        return cls(m.account, m.job, m.slot, m.family, m.identity)
 
     def sibling(self, name: str) -> CheckpointKey:
         """Another checkpoint of the same slot and family."""
@@ -66,6 +77,16 @@ class CheckpointStore(Protocol):
         """
         ...
 
+    def copy(
+        self, source: CheckpointKey, to: CheckpointKey, *, expires_at: float | None
+    ) -> Manifest:
+        """Commits the files of `source` under `to`, which shares their bytes where it can.
+
+        The copy is private and expires on its own. UnknownSnapshot, DuplicateCheckpoint; a delta
+        stands on its parent and is refused with FailedPrecondition.
+        """
+        ...
+
     def manifest(self, key: CheckpointKey) -> Manifest:
         """UnknownSnapshot names some that exist; DigestMismatch when the manifest is damaged."""
         ...
@@ -88,6 +109,25 @@ class CheckpointStore(Protocol):
         snapshot that still counts may descend from them."""
         ...
 
+    def loadable(self, key: CheckpointKey) -> Manifest:
+        """`manifest` of a checkpoint that is asked for by name: an expired one is UnknownSnapshot."""
+        ...
+
+    def expire_at(self, key: CheckpointKey, expires_at: float | None) -> Manifest:
+        """Unix time in seconds; None: never. The manifest as it now is. UnknownSnapshot."""
+        ...
+
+    def publish(self, key: CheckpointKey, *, public: bool) -> Manifest:
+        """The manifest as it now is. UnknownSnapshot."""
+        ...
+
     def delete(self, key: CheckpointKey) -> None:
         """UnknownSnapshot when there is none. What descends from it can no longer be loaded."""
+        ...
+
+    def prune(self, is_needed: Callable[[Manifest], bool]) -> Sequence[CheckpointKey]:
+        """Deletes what expired a while ago (`expiry.GRACE_S`), in every account; returns the keys.
+
+        Never a parent of a snapshot that stays, nor what the caller needs.
+        """
         ...

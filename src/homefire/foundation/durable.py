@@ -5,6 +5,7 @@ write a temporary file -> flush -> fsync the file -> rename -> fsync the directo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -14,20 +15,31 @@ from homefire.foundation.failpoints import failpoint
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replaces `path` by `data`, atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        write_file_in(directory, path.name, data, mode=mode)
+    finally:
+        os.close(directory)
+
+
+def write_file_in(directory: int, name: str, data: bytes, *, mode: int = 0o644) -> None:
+    """The same in an open directory, wherever it was renamed to meanwhile."""
+    temporary = f".{name}.{secrets.token_hex(4)}.tmp"
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(temporary, flags, mode, dir_fd=directory)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             failpoint("durable.before_fsync")
             os.fsync(file.fileno())
         failpoint("durable.before_rename")
-        os.replace(temporary, path)
+        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
         raise
-    sync_directory(path.parent)
+    os.fsync(directory)
 
 
 def write_private(path: Path, data: bytes) -> None:

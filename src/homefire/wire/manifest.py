@@ -29,10 +29,14 @@ class CheckpointKind(StrEnum):
 
 
 class CheckpointFamily(StrEnum):
-    """The two name spaces of a slot; also the directory's name."""
+    """The name spaces of a slot; also the directory's name."""
 
     SAMPLER = "sampler"
+    """Snapshots to serve."""
     STATE = "state"
+    """Training states."""
+    EXTERNAL = "external"
+    """Weights written to be taken elsewhere: a PEFT or Hugging Face directory."""
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
@@ -82,8 +86,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_elements: int = 0
     lora: LoraManifest | None = None
     expires_at: float | None = None
+    """Unix time in seconds. Like `public` it may change after the commit; nothing else does."""
     metadata: dict[str, str] = {}
     homefire_version: str = ""
+    external: bool = False
+    """It belongs to the family EXTERNAL; its kind says what the directory is."""
+    public: bool = False
+    """Other accounts may load it."""
+
+    @property
+    def family(self) -> CheckpointFamily:
+        if self.external:
+            return CheckpointFamily.EXTERNAL
+        is_state = self.kind is CheckpointKind.STATE
+        return CheckpointFamily.STATE if is_state else CheckpointFamily.SAMPLER
+
+    def has_expired(self, now: float) -> bool:
+        """From then on it is neither listed nor loaded by name; pruning deletes it."""
+        return self.expires_at is not None and self.expires_at <= now
 
 
 def whole_digest(tensors: dict[str, TensorEntry]) -> str:

@@ -123,11 +123,18 @@ class Trainer:
             parent_tensors=self.published[parent],
         )
 
-    def lora(self, name: str, tensors: dict[str, RawTensor], **fields) -> Manifest:
+    def lora(
+        self,
+        name: str,
+        tensors: dict[str, RawTensor],
+        *,
+        family: CheckpointFamily = CheckpointFamily.SAMPLER,
+        **fields,
+    ) -> Manifest:
         self.published[name] = tensors
         return write_lora(
             self.store,
-            self.make_key(name),
+            self.make_key(name, family),
             tensors,
             self.info(**fields),
             adapter_config={"peft_type": "LORA", "r": 8},

@@ -12,7 +12,8 @@ from homefire import __version__
 from homefire.control.endpoints import Endpoint
 
 _REFERENCE = "#/components/schemas/{name}"
-_PARAMETER = re.compile(r"\{(\w+)\}")
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+"""Of a path as Starlette writes it: `{job}`, or `{model:path}` with slashes."""
 
 
 def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def openapi_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         operation = _operation(endpoint, by_type)
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+        path = _PARAMETER.sub(r"{\1}", endpoint.path)
+        paths.setdefault(path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "homefire control plane", "version": __version__},

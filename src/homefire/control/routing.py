@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.lifecycle import DEPLOYMENT_LIVE, SeenReplica, SeenTrainer, hot_load_error
 from homefire.wire.internal import DeploymentRoute, KeyRoute, RouteTable, TrainerRoute
+from homefire.wire.pooled import is_sampler
 from homefire.wire.resources import DeploymentState, JobState
 
 
@@ -91,11 +92,30 @@ def _why_silent(
 
 
 def _models(deployments: Sequence[DeploymentRow]) -> dict[str, str]:
-    """Model resources that exactly one live deployment serves."""
+    """The names of base models that exactly one live deployment of their account serves.
+
+    The sampler of a root job counts only where there is no ordinary deployment.
+    """
     live = [row for row in deployments if row.state in DEPLOYMENT_LIVE]
-    count = Counter(row.config.base_model.name for row in live)
+    samplers = _served_by_one([row for row in live if is_sampler(row.id)])
+    ordinary = [row for row in live if not is_sampler(row.id)]
+    taken = {name for row in ordinary for name in _model_names(row)}
+    return {name: key for name, key in samplers.items() if name not in taken} | _served_by_one(
+        ordinary
+    )
+
+
+def _served_by_one(deployments: Sequence[DeploymentRow]) -> dict[str, str]:
+    count = Counter(name for row in deployments for name in _model_names(row))
     return {
-        row.config.base_model.name: f"{row.account}/{row.id}"
-        for row in live
-        if count[row.config.base_model.name] == 1
+        name: f"{row.account}/{row.id}"
+        for row in deployments
+        for name in _model_names(row)
+        if count[name] == 1
     }
+
+
+def _model_names(row: DeploymentRow) -> set[str]:
+    """As it was asked for, its repository and its directory: what clients call a model."""
+    model = row.config.base_model
+    return {f"{row.account}/{name}" for name in (model.name, model.tokenizer_id, model.directory)}

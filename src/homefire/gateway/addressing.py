@@ -5,7 +5,9 @@ accounts/{a}/deployments/{d}@{identity}      the same; the replica checks the id
 {anything}#accounts/{a}/deployments/{d}      that deployment (a bare {d} too)
 accounts/{a}/models/{m}[@{identity}]         the header `fireworks-deployment`, else the one
                                              deployment that serves the model
-{d}                                          that deployment of the caller's account
+{d}[@{identity}]                             that deployment of the caller's account, else the one
+                                             that serves the base model of that name (a repository,
+                                             a directory)
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ _INSTEAD = "name one as accounts/<account>/deployments/<deployment>"
 def deployment_key(table: RouteTable, *, account: str, model: str, header: str = "") -> str:
     """The key in `table.deployments`. Raises InvalidArgument, UnknownDeployment.
 
-    A deployment of another account is as unknown as one that never existed, and both are 400:
-    clients wait for a minute on a 404.
+    A deployment of another account is as unknown as one that never existed.
     """
     if not model and not header:
         raise InvalidArgument("the request names no model", hint=_INSTEAD, field="model")
@@ -37,15 +38,17 @@ def _named(table: RouteTable, account: str, model: str, header: str) -> str:
     if hash_mark:
         return _key(deployment, account)
     name = model.partition("@")[0]
+    serving = table.models.get(f"{account}/{name}")
     if not _is_model_resource(name):
-        return _key(name or header, account)
+        key = _key(name or header, account)
+        return serving if serving is not None and key not in table.deployments else key
     if header:
         return _key(header, account)
-    if name not in table.models:
+    if serving is None:
         raise UnknownDeployment(
             f"no single deployment serves {name!r}", hint=f"{_INSTEAD}; {_existing(table, account)}"
         )
-    return table.models[name]
+    return serving
 
 
 def _is_model_resource(name: str) -> bool:

@@ -1,4 +1,8 @@
-"""`/inference/v1/completions` and `/inference/v1/chat/completions`: a replica of a deployment."""
+"""Completions, chat completions and token generation: a replica of a deployment answers.
+
+The same below `/inference/v1`, where a model that does not exist is a 400, since Fireworks' clients wait
+for a minute on a 404, and below `/v1`, where it is the 404 that OpenAI's clients expect.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,19 @@ from homefire.gateway.replica_choice import choose_replica
 from homefire.gateway.routing import Router
 from homefire.gateway.upstreams import Upstreams
 from homefire.http.bodies import decode_json, read_body
-from homefire.wire.errors import FailedPrecondition, HomefireError, Unavailable, UnknownDeployment
+from homefire.wire.errors import (
+    FailedPrecondition,
+    HomefireError,
+    ModelNotFound,
+    Unavailable,
+    UnknownDeployment,
+)
 from homefire.wire.internal import DeploymentRoute
 from homefire.wire.resources import DeploymentState
 from homefire.wire.specs import Upstream
 
 _MAX_BODY_BYTES = 64 << 20
-_SESSION_HEADERS = ("x-session-affinity", "x-multi-turn-session-id")
+_SESSION_HEADERS = ("x-session-affinity", "x-multi-turn-session-id", "x-session-id")
 _ENDED = frozenset({DeploymentState.FAILED, DeploymentState.DELETING, DeploymentState.DELETED})
 
 
@@ -38,6 +48,14 @@ class InferencePlane:
         self._upstreams = upstreams
 
     async def answer(self, caller: Caller) -> None:
+        try:
+            await self._answer(caller)
+        except UnknownDeployment as exc:
+            if caller.target.startswith("/inference/"):
+                raise
+            raise ModelNotFound(exc.message, hint=exc.hint, field="model") from exc
+
+    async def _answer(self, caller: Caller) -> None:
         envelope = await _read_envelope(caller)
         key = await self._deployment(caller, envelope.model)
         session = _session(caller, envelope)

@@ -11,7 +11,8 @@
     │   ├── ModelUnavailable         the catalog knows it, its files cannot be reached
     │   ├── UnknownShape             no such training shape
     │   ├── NotFound                 no such resource
-    │   │   └── UnknownDeployment    never existed; answered with 400, since clients wait on 404
+    │   │   ├── UnknownDeployment    never existed; answered with 400, since clients wait on 404
+    │   │   └── ModelNotFound        the same below /v1, where OpenAI's clients expect 404
     │   ├── AlreadyExists            a resource of that name exists (control plane only)
     │   ├── DuplicateCheckpoint      a checkpoint of that name exists with other content
     │   ├── WrongCheckpointKind      e.g. a sampler snapshot given to load_state
@@ -75,6 +76,11 @@ class HomefireError(Exception):
         self.hint = hint
         self.field = field
 
+    @property
+    def details(self) -> dict[str, str]:
+        """What a program may want of the message, beside it in the body."""
+        return {}
+
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
@@ -133,6 +139,10 @@ class UnknownDeployment(NotFound):
     grpc_code = 3
 
 
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
 class AlreadyExists(UserError):
     code = "already_exists"
     http_status = 409
@@ -187,6 +197,17 @@ class WeightsMismatch(UserError):
     code = "weights_mismatch"
     http_status = 412
     grpc_code = 9
+
+    def __init__(
+        self, message: str, *, hint: str = "", field: str | None = None, current: str = ""
+    ) -> None:
+        """`current`: the identity that is served."""
+        super().__init__(message, hint=hint, field=field)
+        self.current = current
+
+    @property
+    def details(self) -> dict[str, str]:
+        return {"current_identity": self.current} if self.current else {}
 
 
 class Unsupported(UserError):
@@ -317,5 +338,6 @@ def error_body(error: HomefireError, *, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         "type": kind,
         "param": error.field,
+        **error.details,
     }
     return {"error": detail, "code": error.grpc_code, "message": str(error), "detail": str(error)}

@@ -159,7 +159,8 @@ class RouteTable(msgspec.Struct, frozen=True, kw_only=True):
     trainers: dict[str, TrainerRoute] = {}
     deployments: dict[str, DeploymentRoute] = {}
     models: dict[str, str] = {}
-    """Deployed model resource `accounts/<a>/models/<m>` -> a deployment key that serves it."""
+    """`account/name` of a deployed base model, by each of its names -> the key of the one
+    deployment of that account that serves it."""
 
 
 class NewRun(msgspec.Struct, frozen=True, kw_only=True):

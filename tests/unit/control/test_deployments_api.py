@@ -186,14 +186,55 @@ async def test_a_base_model_is_for_good(control: Any) -> None:
     assert "for good" in refused["message"]
 
 
-async def test_live_deployments_are_listed_as_models_and_routed_by_their_base_model(
+async def test_a_base_model_answers_by_each_of_its_names_while_one_deployment_serves_it(
     control: Any,
+) -> None:
+    base = "accounts/local/models/tiny"
+    await control.create_deployment("d1", baseModel=base)
+    await control.deployment_becomes("READY")
+    directory = str(control.plane.home.models / "tiny")
+    routed = control.plane.routes.get().models
+    assert routed == {f"local/{base}": "local/d1", f"local/{directory}": "local/d1"}
+    await control.create_deployment("pool-1-sampler", baseModel=base)
+    await control.deployment_becomes("READY", "pool-1-sampler")
+    assert control.plane.routes.get().models == routed
+    await control.create_deployment("d2", baseModel=base)
+    await control.deployment_becomes("READY", "d2")
+    assert control.plane.routes.get().models == {}
+
+
+async def shows_weights(control: Any) -> bool:
+    (deployment, _) = (await control.call("GET", "/v1/models"))["data"]
+    return deployment.get("homefire", {}).get("weights", {}).get("digest") == "9f86"
+
+
+@pytest.mark.parametrize("prefix", ["/inference/v1", "/v1"])
+async def test_models_are_the_deployments_and_the_base_models_they_answer_for(
+    control: Any, bench: Any, prefix: str
 ) -> None:
     await control.create_deployment("d1", baseModel="accounts/local/models/tiny")
     await control.deployment_becomes("READY")
-    listed = await control.call("GET", "/inference/v1/models")
-    assert [m["id"] for m in listed["data"]] == ["accounts/local/deployments/d1"]
-    assert control.plane.routes.get().models == {"accounts/local/models/tiny": "local/d1"}
-    await control.create_deployment("d2", baseModel="accounts/local/models/tiny")
-    await control.deployment_becomes("READY", "d2")
-    assert control.plane.routes.get().models == {}
+    bench.replica().say(digest="9f86")
+    await control.eventually(lambda: shows_weights(control))
+    deployment, base = (await control.call("GET", f"{prefix}/models"))["data"]
+    assert deployment["id"] == "accounts/local/deployments/d1"
+    assert deployment["root"] == base["id"] == "accounts/local/models/tiny"
+    assert base["parent"] == deployment["id"]
+    assert deployment["max_model_len"] == 2048
+    assert deployment["homefire"]["weights"] == {"identity": "base", "digest": "9f86"}
+    for model in (deployment, base):
+        assert await control.call("GET", f"{prefix}/models/{model['id']}") == model
+    assert await control.call("GET", f"{prefix}/models/d1") == deployment
+
+
+async def test_a_model_that_is_not_served_names_those_that_are(control: Any) -> None:
+    await control.create_deployment("d1")
+    refused = await control.call("GET", "/v1/models/nope", expect=404)
+    assert refused["error"]["code"] == "model_not_found"
+    assert "accounts/local/deployments/d1" in refused["error"]["hint"]
+
+
+async def test_the_models_of_another_account_are_not_listed(control: Any) -> None:
+    await control.create_deployment("d1")
+    response = await control.client.get("/v1/models", headers={"x-homefire-account": "other"})
+    assert response.json()["data"] == []

@@ -16,7 +16,12 @@ TABLE = RouteTable(
         "local/second": DeploymentRoute("READY", []),
         "other/theirs": DeploymentRoute("READY", []),
     },
-    models={MODEL: "local/serving", "accounts/other/models/m": "other/theirs"},
+    models={
+        f"local/{MODEL}": "local/serving",
+        "local/Qwen/Qwen3-8B": "local/serving",
+        "local/second": "local/serving",
+        "other/accounts/other/models/m": "other/theirs",
+    },
 )
 
 
@@ -35,6 +40,8 @@ def key_of(model: str, header: str = "") -> str:
         f"{MODEL}@step_00010-4b50536f",
         "serving",
         "serving@base",
+        "Qwen/Qwen3-8B",
+        "Qwen/Qwen3-8B@base",
     ],
 )
 def test_every_form_names_its_deployment(model):
@@ -72,6 +79,10 @@ def test_what_never_existed_is_refused_naming_what_does(model, header):
         key_of(model, header)
     assert "second, serving" in caught.value.hint
     assert "theirs" not in caught.value.hint
+
+
+def test_a_deployment_wins_over_a_base_model_of_its_name():
+    assert key_of("second") == "local/second"
 
 
 def test_a_request_without_a_model_says_how_to_name_one():

@@ -20,7 +20,16 @@ COMPLETIONS = "/inference/v1/completions"
 REPLICAS = [Upstream(f"/run/{name}.sock", "s") for name in "abcd"]
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, "/inference/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        COMPLETIONS,
+        "/inference/v1/chat/completions",
+        "/inference/v1/generate",
+        "/v1/completions",
+        "/v1/chat/completions",
+    ],
+)
 async def test_the_body_reaches_the_replica_unchanged(stack, path):
     await stack.replica()
     client = await stack.start()
@@ -45,6 +54,15 @@ async def test_a_body_that_names_no_deployment_is_a_400(stack, body, code):
     client = await stack.start()
     answer = await client.post(COMPLETIONS, content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+
+
+async def test_an_unknown_model_is_the_404_below_v1_that_openai_clients_expect(stack):
+    await stack.replica("serving")
+    client = await stack.start()
+    answer = await client.post("/v1/chat/completions", json={"model": "nope"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+    assert error["hint"] == "existing deployments: serving"
 
 
 async def test_an_unknown_deployment_lists_those_that_exist(stack):
@@ -118,8 +136,9 @@ async def test_the_requests_of_a_session_go_to_one_replica(stack):
     client = await stack.start()
     for _ in range(4):
         await client.post(COMPLETIONS, json={"model": "dep", "user": "u"})
-        await client.post(COMPLETIONS, json={"model": "dep"}, headers={"x-session-affinity": "u"})
-    assert sorted(len(replica.requests) for replica in replicas) == [0, 0, 8]
+        for header in ("x-session-affinity", "x-session-id"):
+            await client.post(COMPLETIONS, json={"model": "dep"}, headers={header: "u"})
+    assert sorted(len(replica.requests) for replica in replicas) == [0, 0, 12]
 
 
 def test_without_a_session_the_least_busy_replica_serves():

@@ -43,6 +43,11 @@ def test_a_body_carries_all_that_every_client_dialect_reads(cls):
     assert "do" in body["message"]
 
 
+def test_wrong_weights_are_told_beside_the_right_ones():
+    body = error_body(errors.WeightsMismatch("what", current="step_00010"), request_id="r1")
+    assert body["error"]["current_identity"] == "step_00010"
+
+
 def test_the_tree_in_the_docstring_names_every_error():
     drawn = errors.__doc__ or ""
     missing = [cls.__name__ for cls in CLASSES if cls.__name__ not in drawn]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
@@ -44,13 +44,18 @@ def replica_app(replica: Replica) -> ASGIApp:
         return json_response(replica.hot_load(await read_json(request, HotLoadRequest)), status=202)
 
     routes = [
-        Route("/inference/v1/completions", completions.completions, methods=["POST"]),
-        Route("/inference/v1/chat/completions", completions.chat_completions, methods=["POST"]),
+        *_routes("/completions", completions.completions),
+        *_routes("/chat/completions", completions.chat_completions),
         Route("/internal/health", health),
         Route("/internal/status", status),
         Route("/internal/hot_load", hot_load, methods=["POST"]),
     ]
     return service_app(routes, secret=spec.listen.secret, lifespan=lifespan)
+
+
+def _routes(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> list[Route]:
+    """The gateway passes paths on as they came."""
+    return [Route(f"{at}{path}", endpoint, methods=["POST"]) for at in ("/inference/v1", "/v1")]
 
 
 def _poll(request: Request) -> tuple[int | None, float]:

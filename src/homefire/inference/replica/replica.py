@@ -92,12 +92,13 @@ class Replica:
 
     def check_asked(self, model: str, weights: ServedWeights) -> None:
         """WeightsMismatch when the request's model names another identity than `weights`."""
-        _, at, asked = model.rpartition("@")
-        if at and asked != weights.name:
+        asked = identity_asked(model)
+        if asked is not None and asked != weights.name:
             raise WeightsMismatch(
                 f"{asked!r} was asked for, {weights.name!r} is served",
                 hint="hot load it first, or leave the identity out of model",
                 field="model",
+                current=weights.name,
             )
 
     def hot_load(self, request: HotLoadRequest) -> ReplicaStatus:
@@ -154,6 +155,15 @@ class Replica:
             identity=served.name,
             digest=served.digest,
         )
+
+
+def identity_asked(model: str) -> str | None:
+    """`accounts/a/models/m@step_00010#d` -> `step_00010`; None when any weights will do."""
+    for part in model.split("#"):
+        _, at, identity = part.partition("@")
+        if at:
+            return identity
+    return None
 
 
 def _publisher(loop: asyncio.AbstractEventLoop) -> Publish:

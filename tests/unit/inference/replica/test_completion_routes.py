@@ -322,9 +322,11 @@ async def test_a_request_may_name_the_weights_that_are_served(
         base = await caller.complete(prompt=[1], max_tokens=1, model="m@base")
         await caller.hot_load(snapshots.base(65))
         loaded = await caller.complete(prompt=[1], max_tokens=1, model="m@step-65")
+        named = await caller.complete(prompt=[1], max_tokens=1, model="m@step-65#d")
         old = await caller.complete(prompt=[1], max_tokens=1, model="m@base")
-    assert (base.status, loaded.status, old.status) == (200, 200, 412)
+    assert (base.status, loaded.status, named.status, old.status) == (200, 200, 200, 412)
     assert "step-65" in old.json()["error"]["message"]
+    assert old.json()["error"]["current_identity"] == "step-65"
 
 
 async def test_without_the_secret_nothing_is_answered(start_replica: Any) -> None:

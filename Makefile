@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check format clean bench \
-        test-unit test-parity test-contract test-journeys test-faults test-docs
+        test-unit test-parity test-contract test-journeys test-faults test-docs test-clients
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +39,10 @@ test: install ## all tests, with a time budget per layer
 
 test-unit test-parity test-contract test-journeys test-faults test-docs: install ## one layer
 	$(BIN)/python tests/layers.py $(@:test-%=%)
+
+test-clients: install ## every version of every client, then docs/compatibility.md
+	$(BIN)/python tests/layers.py clients
+	$(BIN)/python tests/contract/matrix.py --update
 
 check: install ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

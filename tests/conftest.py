@@ -124,6 +124,8 @@ def _gone(pid: int, *, within_s: float) -> bool:
         os.close(descriptor)
 
 
+pytest_plugins = ["skips"]
+
 StartHomefire = Callable[..., RunningHomefire]
 
 

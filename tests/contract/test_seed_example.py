@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.environments import FIREWORKS_1_2_0A68
+from contract.environments import ENVIRONMENTS
 from homefire.checkpoints import DirectoryStore
 from homefire.checkpoints.tiny import ensure_tiny
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind
@@ -35,7 +35,7 @@ def findings(homefire_up, tmp_path_factory) -> dict:
     }
     run = subprocess.run(
         [
-            FIREWORKS_1_2_0A68.python(),
+            ENVIRONMENTS["fireworks-ai", "1.2.0a68"].python(),
             HERE / "seed_script.py",
             HERE / "data/training_and_sampling.md",
         ],

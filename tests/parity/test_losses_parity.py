@@ -10,100 +10,213 @@ from hypothesis import strategies as st
 
 from homefire.trainer.engine.batch import read_batch
 from homefire.trainer.engine.losses import evaluate, loss_function
+from homefire.wire.errors import NonFiniteGradient
+from homefire.wire.losses import LOSSES
 
-REAL = st.floats(-3, 3, width=32)
-LOGPROB = st.floats(-30, 0, width=32)
+LOGPROBS = tuple(np.linspace(-30, 0, 61))
 """Ratios of e**30 either way."""
+EXTREME_LOGPROBS = (0.0, -1.0, -80.0, -710.0, -1e4, -1e30)
+REALS = (-3.0, -1.0, -0.3, 1e-3, 0.5, 1.0, 2.7)
 
 
-def cross_entropy(p, x):
+def cross_entropy(p, x, rows):
     return (-p * x["weights"]).sum()
 
 
-def importance_sampling(p, x):
-    return -(torch.exp(p - x["logprobs"]) * x["advantages"]).sum()
+def ratio(p, x, cap=torch.inf):
+    return torch.exp((p - x["logprobs"]).clamp(-cap, cap))
 
 
-def ppo(p, x, low=0.8, high=1.2):
-    r = torch.exp(p - x["logprobs"])
-    return -torch.minimum(r * x["advantages"], r.clamp(low, high) * x["advantages"]).sum()
+def importance_sampling(p, x, rows, ratio_log_cap=torch.inf):
+    return -(ratio(p, x, ratio_log_cap) * x["advantages"]).sum()
 
 
-REFERENCES = {
-    "cross_entropy": cross_entropy,
-    "importance_sampling": importance_sampling,
-    "ppo": ppo,
-}
+def surrogate(r, x, low, high):
+    return torch.minimum(r * x["advantages"], r.clamp(low, high) * x["advantages"])
+
+
+def ppo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.2, ratio_log_cap=torch.inf):
+    low, high = thresholds(x, clip_low_threshold, clip_high_threshold)
+    return -surrogate(ratio(p, x, ratio_log_cap), x, low, high).sum()
+
+
+def cispo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.2):
+    low, high = thresholds(x, clip_low_threshold, clip_high_threshold)
+    return -(ratio(p, x).clamp(low, high).detach() * p * x["advantages"]).sum()
+
+
+def dro(p, x, rows, beta=0.05):
+    return -(p * x["advantages"] - beta / 2 * (p - x["logprobs"]) ** 2).sum()
+
+
+def gspo(p, x, rows, clip_low_threshold=0.9, clip_high_threshold=1.3):
+    loss = 0
+    mask = x.get("sequence_ratio_mask", x["advantages"])
+    for row in rows:
+        mine = {name: column[row] for name, column in x.items()}
+        marked = mask[row] != 0
+        log_ratios = (p[row] - mine["logprobs"]).detach()[marked]
+        s = torch.exp(log_ratios.sum() / max(1, len(log_ratios)))
+        r = s * torch.exp(p[row] - p[row].detach())
+        loss = loss - surrogate(r, mine, clip_low_threshold, clip_high_threshold).sum()
+    return loss
+
+
+def dapo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.28, eps_clip_c=torch.inf):
+    loss = -surrogate(ratio(p, x), x, clip_low_threshold, clip_high_threshold)
+    capped = torch.minimum(
+        loss, torch.where(x["advantages"] < 0, -eps_clip_c * x["advantages"], torch.inf)
+    )
+    return capped.sum()
+
+
+def thresholds(x, low, high):
+    return x.get("clip_low_threshold", low), x.get("clip_high_threshold", high)
+
+
+CLIP = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.5}
+GSPO = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.3}
+PER_TOKEN = ("clip_low_threshold", "clip_high_threshold")
+CASES = [
+    (cross_entropy, {}, ()),
+    (importance_sampling, {}, ()),
+    (importance_sampling, {"ratio_log_cap": 2.0}, ()),
+    (ppo, {}, ()),
+    (ppo, CLIP, ()),
+    (ppo, {**CLIP, "ratio_log_cap": 3.0}, ()),
+    (ppo, CLIP, PER_TOKEN),
+    (cispo, {}, ()),
+    (cispo, CLIP, PER_TOKEN),
+    (dro, {"beta": 0.05}, ()),
+    (gspo, GSPO, ("sequence_ratio_mask",)),
+    (gspo, GSPO, ()),
+    (dapo, CLIP, ()),
+    (dapo, {**CLIP, "eps_clip_c": 3.0}, ()),
+]
 
 
 @st.composite
-def cases(draw):
-    """Logprobs [T, 1] and inputs; some tokens masked."""
+def batches(draw, logprobs):
+    """Logprobs [T, 1] and every input of every loss; some tokens masked."""
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    generator = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     total = sum(lengths)
 
     def column(values):
-        return np.array(draw(st.lists(values, min_size=total, max_size=total)), np.float32)
+        return generator.choice(values, total).astype(np.float32)
 
-    masked = column(st.sampled_from([0, 1, 1]))
+    masked = column([0, 1, 1])
     inputs = {
-        "weights": column(REAL) * masked,
-        "advantages": column(REAL) * masked,
-        "logprobs": column(LOGPROB),
+        "weights": column(REALS) * masked,
+        "advantages": column(REALS) * masked,
+        "logprobs": column(logprobs),
+        "clip_low_threshold": column([0, 0.3, 0.8, 1]),
+        "clip_high_threshold": column([1, 1.2, 2.5, 9]),
+        "sequence_ratio_mask": np.maximum(column([0, 1]), masked),
     }
     arrays = {
         "tokens": np.zeros(total, np.int32),
         "lengths": np.array(lengths, np.int32),
         "target_tokens": np.zeros(total, np.int64),
-        **inputs,
     }
-    return column(LOGPROB)[:, None], read_batch(arrays, vocab_size=2, max_context_length=8)
+    return column(logprobs)[:, None], arrays, inputs
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-@settings(max_examples=150, deadline=None)
-@given(case=cases())
-def test_value_and_gradient_equal_the_reference(name, case):
-    logprobs, batch = case
-    terms = evaluate(loss_function(name, {}), logprobs, batch)
+def batch_of(arrays, inputs, per_token=()):
+    chosen = {
+        name: column
+        for name, column in inputs.items()
+        if name in ("weights", "advantages", "logprobs", *per_token)
+    }
+    return read_batch({**arrays, **chosen}, vocab_size=2, max_context_length=64)
+
+
+def reference_of(reference, logprobs, batch, config):
+    """Value and gradient, by autograd."""
     p = torch.from_numpy(logprobs.astype(np.float64)).requires_grad_()
-    inputs = {k: torch.from_numpy(v.astype(np.float64)) for k, v in batch.inputs.items()}
-    loss = REFERENCES[name](p, inputs)
+    x = {name: torch.from_numpy(column.astype(np.float64)) for name, column in batch.inputs.items()}
+    loss = reference(p, x, batch.rows(), **config)
     (gradient,) = torch.autograd.grad(loss, p)
-    np.testing.assert_allclose(terms.value.sum(), loss.item(), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(terms.gradient, gradient.numpy(), rtol=1e-12, atol=1e-12)
+    return loss.item(), gradient.numpy()
 
 
-def test_a_planted_mistake_in_the_reference_is_seen():
+def test_every_loss_has_a_reference():
+    assert {reference.__name__ for reference, _, _ in CASES} == LOSSES.keys()
+
+
+@pytest.mark.parametrize(("reference", "config", "per_token"), CASES)
+@settings(max_examples=80, deadline=None)
+@given(case=batches(LOGPROBS))
+def test_value_and_gradient_equal_the_reference(reference, config, per_token, case):
+    logprobs, arrays, inputs = case
+    batch = batch_of(arrays, inputs, per_token)
+    terms = evaluate(loss_function(reference.__name__, config), logprobs, batch)
+    value, gradient = reference_of(reference, logprobs, batch, config)
+    np.testing.assert_allclose(terms.value.sum(), value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(terms.gradient, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("reference", "config", "per_token"), CASES)
+@settings(max_examples=60, deadline=None)
+@given(case=batches(EXTREME_LOGPROBS))
+def test_ratios_beyond_any_float_are_exact_or_refused_by_row(reference, config, per_token, case):
+    logprobs, arrays, inputs = case
+    batch = batch_of(arrays, inputs, per_token)
+    value, gradient = reference_of(reference, logprobs, batch, config)
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_finite = np.isfinite(value) and np.isfinite(gradient.astype(np.float32)).all()
+    try:
+        terms = evaluate(loss_function(reference.__name__, config), logprobs, batch)
+    except NonFiniteGradient:
+        assert not is_finite
+        return
+    assert np.isfinite(terms.gradient.astype(np.float32)).all()
+    if is_finite:
+        size = np.abs(terms.value).sum()
+        np.testing.assert_allclose(terms.value.sum(), value, rtol=1e-12, atol=1e-12 * size)
+    else:
+        assert np.isfinite(terms.value).all()
+
+
+@pytest.mark.parametrize(
+    ("reference", "config", "mistake"),
+    [
+        (ppo, CLIP, {**CLIP, "clip_high_threshold": 1.6}),
+        (cispo, CLIP, {**CLIP, "clip_low_threshold": 0.6}),
+        (dro, {"beta": 0.05}, {"beta": 0.1}),
+        (gspo, GSPO, {**GSPO, "clip_high_threshold": 1.2}),
+        (dapo, {**CLIP, "eps_clip_c": 3.0}, CLIP),
+    ],
+)
+def test_a_planted_mistake_in_the_reference_is_seen(reference, config, mistake):
     arrays = {
-        "tokens": np.zeros(1, np.int32),
-        "lengths": np.array([1], np.int32),
-        "target_tokens": np.zeros(1, np.int64),
-        "advantages": np.array([1], np.float32),
-        "logprobs": np.array([-3], np.float32),
+        "tokens": np.zeros(4, np.int32),
+        "lengths": np.array([2, 2], np.int32),
+        "target_tokens": np.zeros(4, np.int64),
     }
-    batch = read_batch(arrays, vocab_size=2, max_context_length=8)
-    logprobs = np.array([[-1]], np.float32)
-    ours = evaluate(loss_function("ppo", {}), logprobs, batch).value.sum()
-    inputs = {k: torch.from_numpy(v) for k, v in batch.inputs.items()}
-    mistaken = ppo(torch.from_numpy(logprobs), inputs, high=1.3).item()
-    assert abs(ours - mistaken) > 0.05
+    inputs = {
+        "advantages": np.array([1, 1, -1, -1], np.float32),
+        "logprobs": np.array([-3, -3, -5, -0.5], np.float32),
+    }
+    batch = batch_of(arrays, inputs)
+    logprobs = np.array([[-1], [-3], [-1], [-2]], np.float32)
+    ours = evaluate(loss_function(reference.__name__, config), logprobs, batch).value.sum()
+    assert ours == pytest.approx(reference_of(reference, logprobs, batch, config)[0], rel=1e-12)
+    assert abs(ours - reference_of(reference, logprobs, batch, mistake)[0]) > 0.01
 
 
-@pytest.mark.parametrize("bounds", [(0.5, 1.1), (0.9, 3.0)])
-def test_ppo_takes_its_bounds_from_the_config(bounds):
+@pytest.mark.parametrize("num_targets", [1, 3])
+def test_cross_entropy_sums_over_every_target_of_a_token(num_targets):
     generator = np.random.default_rng(0)
     arrays = {
-        "tokens": np.zeros(50, np.int32),
-        "lengths": np.array([50], np.int32),
-        "target_tokens": np.zeros(50, np.int64),
-        "advantages": generator.standard_normal(50).astype(np.float32),
-        "logprobs": -generator.random(50).astype(np.float32),
+        "tokens": np.zeros(5, np.int32),
+        "lengths": np.array([5], np.int32),
+        "target_tokens": np.zeros((5, num_targets), np.int64),
+        "weights": generator.standard_normal((5, num_targets)).astype(np.float32),
     }
-    batch = read_batch(arrays, vocab_size=2, max_context_length=50)
-    logprobs = -generator.random((50, 1)).astype(np.float32)
-    config = dict(zip(("clip_low_threshold", "clip_high_threshold"), bounds, strict=True))
-    ours = evaluate(loss_function("ppo", config), logprobs, batch).value.sum()
-    inputs = {k: torch.from_numpy(v.astype(np.float64)) for k, v in batch.inputs.items()}
-    p = torch.from_numpy(logprobs.astype(np.float64))
-    assert ours == pytest.approx(ppo(p, inputs, *bounds).item(), rel=1e-12)
+    batch = read_batch(arrays, vocab_size=2, max_context_length=8)
+    logprobs = -generator.random((5, num_targets)).astype(np.float32)
+    terms = evaluate(loss_function("cross_entropy", {}), logprobs, batch)
+    value, gradient = reference_of(cross_entropy, logprobs, batch, {})
+    assert terms.value.sum() == pytest.approx(value, rel=1e-12)
+    np.testing.assert_array_equal(terms.gradient, gradient)

@@ -1,19 +1,31 @@
 """The losses of the Tinker protocol, as functions of the targets' logprobs alone.
 
 A loss gives its value and its derivative with respect to each logprob, in float64; an engine only
-has to push that derivative through the network. All are sums over tokens, never means (tinker.md §4.3).
-With p the learner's logprob of a target, q the behaviour policy's, A the advantage:
+has to push that derivative through the network. All are sums over tokens, never means (tinker.md §4.3,
+fireworks.md §3.5). With p the learner's logprob of a target, q the behaviour policy's, A the
+advantage, r = exp(p - q), and sg what no gradient flows through:
 
-    cross_entropy        sum of  -p * weight                       weights any real, [T, K]
-    importance_sampling  sum of  -exp(p - q) * A
-    ppo                  sum of  -min(r * A, clamp(r, low, high) * A),   r = exp(p - q)
+    cross_entropy        sum of  -p * weight                        weights any real, [T, K]
+    importance_sampling  sum of  -r * A
+    ppo                  sum of  -min(r * A, clamp(r, low, high) * A)
+    cispo                sum of  -sg(clamp(r, low, high)) * p * A
+    dro                  sum of  -(p * A - beta / 2 * (p - q)^2)    on every token, also where A is 0
+    gspo                 ppo with r = sg(s) * exp(p - sg(p)), s the row's exp(mean(p - q))
+    dapo                 ppo, and with eps_clip_c = c: where A < 0, at most -c * A
 
-Tokens with weight or advantage 0 are masked: whatever else they hold (NaN, -inf) does not count.
+gspo is its token variant (arXiv:2507.18071 §4.3); the mean is over the tokens that
+`sequence_ratio_mask` marks, without one over those whose advantage is not 0. dapo is the clipped
+surrogate of arXiv:2503.14476 with the dual clip of arXiv:1912.09729. `ratio_log_cap` clamps p - q
+to [-cap, cap] before exp, `seq_ratio_log_cap` log s from above; a clamped ratio has no gradient.
+
+Tokens with weight or advantage 0 are masked, except in dro: whatever else they hold (NaN, -inf)
+does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,29 +34,24 @@ import numpy.typing as npt
 
 from homefire.trainer.engine.batch import Batch
 from homefire.trainer.engine.network import Float32
-from homefire.wire.errors import (
-    InvalidArgument,
-    LengthMismatch,
-    NonFiniteGradient,
-    UnknownLoss,
-    Unsupported,
+from homefire.wire.errors import InvalidArgument, LengthMismatch, NonFiniteGradient
+from homefire.wire.losses import (
+    BETA,
+    CLIP_HIGH,
+    CLIP_LOW,
+    DEFAULT_THRESHOLDS,
+    DUAL_CLIP,
+    LOSSES,
+    RATIO_LOG_CAP,
+    SEQ_RATIO_LOG_CAP,
+    SEQUENCE_RATIO_MASK,
+    Config,
+    loss_definition,
+    require_threshold,
 )
 
 Float64 = npt.NDArray[np.float64]
-Config = Mapping[str, float | str]
-
-CLIP_LOW, CLIP_HIGH = 0.8, 1.2
-"""ppo's ratio bounds when neither the config nor the rows give any."""
-_THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
-_LATER = ("cispo", "custom", "dapo", "dppo", "dro", "gspo", "reinforce", "stable_reinforce")
-_FORWARD_EXTRAS = (
-    "num_extra_negatives",
-    "num_queries",
-    "output",
-    "pooling",
-    "temperature",
-    "top_k",
-)
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -63,25 +70,20 @@ class Loss(Protocol):
     def __call__(self, logprobs: Float64, batch: Batch) -> LossTerms: ...
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """The importance ratio of each token; all [T, 1]."""
+
+    value: Float64
+    slope: Float64
+    """d ratio / d p: the ratio itself, or 0 where its logarithm was capped."""
+    advantages: Float64
+
+
 def loss_function(name: str, config: Config) -> Loss:
     """The loss of that name, its config checked."""
-    if name not in _LOSSES:
-        known = ", ".join(_LOSSES)
-        if name in _LATER:
-            raise Unsupported(f"loss_fn {name!r} is not supported yet", hint=f"use one of {known}")
-        raise UnknownLoss(
-            f"loss_fn {name!r} is unknown", hint=f"use one of {known}", field="loss_fn"
-        )
-    build, keys = _LOSSES[name]
-    for key in config.keys() - set(keys):
-        if key in _FORWARD_EXTRAS:
-            raise Unsupported(f"loss_fn_config {key!r} is not supported yet", field=key)
-        raise InvalidArgument(
-            f"loss_fn_config {key!r} is unknown for {name}",
-            hint=f"known: {', '.join(keys) or 'none'}",
-            field="loss_fn_config",
-        )
-    return build(config)
+    loss_definition(name, config)
+    return _LOSSES[name](config)
 
 
 def evaluate(loss: Loss, logprobs: Float32, batch: Batch) -> LossTerms:
@@ -112,6 +114,9 @@ def metrics(terms: LossTerms) -> dict[str, float]:
     }
 
 
+# The losses ------------------------------------------------------------------------------------
+
+
 def _cross_entropy(config: Config) -> Loss:
     def loss(logprobs: Float64, batch: Batch) -> LossTerms:
         weights = batch.inputs.get("weights", np.ones_like(logprobs)).astype(np.float64)
@@ -128,38 +133,137 @@ def _cross_entropy(config: Config) -> Loss:
 
 def _importance_sampling(config: Config) -> Loss:
     def loss(logprobs: Float64, batch: Batch) -> LossTerms:
-        ratio, advantages = _ratio(logprobs, batch)
-        value = -ratio * advantages
-        return LossTerms(value, value, _ratio_metrics(ratio, advantages))
+        ratio = _token_ratio(logprobs, batch, config)
+        advantages = ratio.advantages
+        value, gradient = -ratio.value * advantages, -ratio.slope * advantages
+        return LossTerms(value, gradient, _ratio_metrics(ratio))
 
     return loss
 
 
 def _ppo(config: Config) -> Loss:
-    thresholds = {key: _number(config, key) for key in _THRESHOLDS if key in config}
-
     def loss(logprobs: Float64, batch: Batch) -> LossTerms:
-        ratio, advantages = _ratio(logprobs, batch)
-        low = _threshold(thresholds, batch, _THRESHOLDS[0], CLIP_LOW)
-        high = _threshold(thresholds, batch, _THRESHOLDS[1], CLIP_HIGH)
-        plain, clipped = ratio * advantages, np.clip(ratio, low, high) * advantages
-        bound = clipped < plain
-        diagnostics = _ratio_metrics(ratio, advantages)
-        diagnostics["clip_fraction:mean"] = _mean(bound, where=advantages != 0)
-        # The clipped branch wins only outside the bounds, where clamp is constant.
-        return LossTerms(-np.minimum(plain, clipped), np.where(bound, 0.0, -plain), diagnostics)
+        ratio = _token_ratio(logprobs, batch, config)
+        return _clipped_surrogate(ratio, *_thresholds("ppo", config, batch))
 
     return loss
 
 
-def _ratio(logprobs: Float64, batch: Batch) -> tuple[Float64, Float64]:
-    """exp(p - q) and A, both [T, 1]; the ratio of a masked token is 1."""
+def _cispo(config: Config) -> Loss:
+    def loss(logprobs: Float64, batch: Batch) -> LossTerms:
+        ratio = _token_ratio(logprobs, batch, config)
+        clipped = np.clip(ratio.value, *_thresholds("cispo", config, batch))
+        gradient = -clipped * ratio.advantages
+        value = np.where(ratio.advantages != 0, gradient * logprobs, 0.0)
+        diagnostics = _ratio_metrics(ratio) | _clip_metric(clipped != ratio.value, ratio)
+        return LossTerms(value, gradient, diagnostics)
+
+    return loss
+
+
+def _dro(config: Config) -> Loss:
+    beta = float(config[BETA])
+
+    def loss(logprobs: Float64, batch: Batch) -> LossTerms:
+        old, advantages = _policy_columns(logprobs, batch)
+        distance = logprobs - old
+        penalty = beta / 2 * distance * distance
+        value = penalty - logprobs * advantages
+        gradient = beta * distance - advantages
+        return LossTerms(value, gradient, {"penalty:sum": float(penalty.sum())})
+
+    return loss
+
+
+def _gspo(config: Config) -> Loss:
+    def loss(logprobs: Float64, batch: Batch) -> LossTerms:
+        ratio = _sequence_ratio(logprobs, batch, config)
+        return _clipped_surrogate(ratio, *_thresholds("gspo", config, batch))
+
+    return loss
+
+
+def _dapo(config: Config) -> Loss:
+    dual_clip = float(config.get(DUAL_CLIP, math.inf))
+
+    def loss(logprobs: Float64, batch: Batch) -> LossTerms:
+        ratio = _token_ratio(logprobs, batch, config)
+        terms = _clipped_surrogate(ratio, *_thresholds("dapo", config, batch))
+        if math.isinf(dual_clip):
+            return terms
+        ceiling = -dual_clip * ratio.advantages
+        capped = (ratio.advantages < 0) & (ceiling < terms.value)
+        diagnostics = {
+            **terms.diagnostics,
+            "dual_clip_fraction:mean": _mean(capped, where=ratio.advantages != 0),
+        }
+        value = np.where(capped, ceiling, terms.value)
+        return LossTerms(value, np.where(capped, 0.0, terms.gradient), diagnostics)
+
+    return loss
+
+
+def _clipped_surrogate(ratio: Ratio, low: float | Float64, high: float | Float64) -> LossTerms:
+    """-min(r A, clamp(r, low, high) A)."""
+    advantages = ratio.advantages
+    plain, clipped = ratio.value * advantages, np.clip(ratio.value, low, high) * advantages
+    bound = clipped < plain
+    diagnostics = _ratio_metrics(ratio) | _clip_metric(bound, ratio)
+    # The clipped branch wins only outside the bounds, where clamp is constant.
+    gradient = np.where(bound, 0.0, -ratio.slope * advantages)
+    return LossTerms(-np.minimum(plain, clipped), gradient, diagnostics)
+
+
+# What they are made of -------------------------------------------------------------------------
+
+
+def _token_ratio(logprobs: Float64, batch: Batch, config: Config) -> Ratio:
+    """exp(p - q); 1 on masked tokens."""
+    old, advantages = _policy_columns(logprobs, batch)
+    difference = np.where(advantages != 0, logprobs - old, 0.0)
+    cap = float(config.get(RATIO_LOG_CAP, math.inf))
+    ratio = np.exp(np.clip(difference, -cap, cap))
+    return Ratio(ratio, np.where(np.abs(difference) <= cap, ratio, 0.0), advantages)
+
+
+def _sequence_ratio(logprobs: Float64, batch: Batch, config: Config) -> Ratio:
+    """Every token of a row carries exp of the mean of p - q over the row's marked tokens."""
+    old, advantages = _policy_columns(logprobs, batch)
+    marked = advantages != 0
+    if SEQUENCE_RATIO_MASK in batch.inputs:
+        marked = _column(batch, SEQUENCE_RATIO_MASK) != 0
+    _check_marked(marked, advantages, batch)
+    difference = np.where(marked, logprobs - old, 0.0)
+    means = np.concatenate(
+        [
+            np.full((row.stop - row.start, 1), difference[row].sum() / max(1, marked[row].sum()))
+            for row in batch.rows()
+        ]
+    )
+    cap = float(config.get(SEQ_RATIO_LOG_CAP, math.inf))
+    ratio = np.exp(np.minimum(means, cap))
+    return Ratio(ratio, np.where(means <= cap, ratio, 0.0), advantages)
+
+
+def _check_marked(marked: Bools, advantages: Float64, batch: Batch) -> None:
+    for index, row in enumerate(batch.rows()):
+        if advantages[row].any() and not marked[row].any():
+            raise InvalidArgument(
+                f"row {batch.row_ids[index]} has advantages, but its {SEQUENCE_RATIO_MASK} marks"
+                " no token",
+                hint="mark the sampled tokens with 1",
+                field=SEQUENCE_RATIO_MASK,
+            )
+
+
+def _policy_columns(logprobs: Float64, batch: Batch) -> tuple[Float64, Float64]:
+    """q and A, both [T, 1]."""
     old, advantages = (_column(batch, name) for name in ("logprobs", "advantages"))
     if logprobs.shape[-1] != 1:
         raise LengthMismatch(
             f"this loss takes one target per token, not {logprobs.shape[-1]}", field="target_tokens"
         )
-    return np.exp(np.where(advantages != 0, logprobs - old, 0.0)), advantages
+    return old, advantages
 
 
 def _column(batch: Batch, name: str) -> Float64:
@@ -171,38 +275,48 @@ def _column(batch: Batch, name: str) -> Float64:
     return column
 
 
-def _threshold(
-    config: Mapping[str, float], batch: Batch, name: str, default: float
-) -> float | Float64:
-    """Per-token bounds win over the config's."""
-    return _column(batch, name) if name in batch.inputs else config.get(name, default)
+def _thresholds(name: str, config: Config, batch: Batch) -> tuple[float | Float64, float | Float64]:
+    """Low and high bounds of the ratio; those of the tokens win over the config's."""
+
+    def bound(key: str) -> float | Float64:
+        if key in batch.inputs:
+            return _column(batch, key)
+        require_threshold(name, LOSSES[name], key, config)
+        return float(config.get(key, DEFAULT_THRESHOLDS[key]))
+
+    low, high = bound(CLIP_LOW), bound(CLIP_HIGH)
+    if np.any(np.asarray(low) > np.asarray(high)):
+        raise InvalidArgument(
+            f"{CLIP_LOW} is above {CLIP_HIGH}",
+            hint="thresholds bound the ratio itself, e.g. 0.8 and 1.2",
+            field=CLIP_LOW,
+        )
+    return low, high
 
 
-def _number(config: Config, key: str) -> float:
-    value = config[key]
-    if isinstance(value, str):
-        raise InvalidArgument(f"loss_fn_config {key!r} must be a number, not {value!r}", field=key)
-    return float(value)
+def _clip_metric(clipped: Bools, ratio: Ratio) -> dict[str, float]:
+    return {"clip_fraction:mean": _mean(clipped, where=ratio.advantages != 0)}
 
 
-def _ratio_metrics(ratio: Float64, advantages: Float64) -> dict[str, float]:
-    counted = advantages != 0
+def _ratio_metrics(ratio: Ratio) -> dict[str, float]:
+    counted = ratio.advantages != 0
     return {
-        "ratio:mean": _mean(ratio, where=counted),
-        "ratio:max": float(ratio.max()),
-        "ratio:min": float(ratio.min()),
+        "ratio:mean": _mean(ratio.value, where=counted),
+        "ratio:max": float(ratio.value.max()),
+        "ratio:min": float(ratio.value.min()),
     }
 
 
-def _mean(values: npt.NDArray[np.generic], *, where: npt.NDArray[np.bool_]) -> float:
+def _mean(values: npt.NDArray[np.generic], *, where: Bools) -> float:
     return float(values[where].astype(np.float64).mean()) if where.any() else 0.0
 
 
-_LOSSES = {
-    "cross_entropy": (_cross_entropy, ()),
-    "importance_sampling": (_importance_sampling, ()),
-    "ppo": (_ppo, _THRESHOLDS),
+_LOSSES: dict[str, Callable[[Config], Loss]] = {
+    "cross_entropy": _cross_entropy,
+    "importance_sampling": _importance_sampling,
+    "ppo": _ppo,
+    "cispo": _cispo,
+    "dro": _dro,
+    "gspo": _gspo,
+    "dapo": _dapo,
 }
-"""How each loss is built, and the config keys that it knows."""
-
-KNOWN_LOSSES = tuple(_LOSSES)

@@ -17,37 +17,16 @@ from homefire.wire.errors import (
     LengthMismatch,
     SequenceTooLong,
     TokenOutOfRange,
-    UnknownLoss,
     Unsupported,
 )
-from homefire.wire.tinker import Pass, Row
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a loss function takes per datum, beside `target_tokens`."""
-
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    config: tuple[str, ...] = ()
-    takes_any_input: bool = False
-    """Unknown inputs are ignored: tinker 0.15 sends all a datum has with its custom losses."""
-
-
-_THRESHOLDS = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-LOSSES = {
-    "cross_entropy": Loss(optional=("weights",), takes_any_input=True),
-    "importance_sampling": Loss(required=("logprobs", "advantages")),
-    "ppo": Loss(
-        required=("logprobs", "advantages"),
-        optional=tuple(_THRESHOLDS),
-        config=tuple(_THRESHOLDS),
-    ),
-}
-REFUSED_LOSSES = frozenset(
-    {"cispo", "dro", "dapo", "gspo", "dppo", "reinforce", "stable_reinforce", "custom"}
+from homefire.wire.losses import (
+    DEFAULT_THRESHOLDS,
+    SEQUENCE_RATIO_MASK,
+    LossDefinition,
+    loss_definition,
+    require_threshold,
 )
-"""Losses of the protocol that this version does not compute."""
+from homefire.wire.tinker import Pass, Row
 
 
 @dataclass(frozen=True)
@@ -81,44 +60,13 @@ class Batch:
 
 def check_batch(body: Pass, limits: Limits) -> Batch:
     """The whole request, or the first thing that is wrong with it as a UserError."""
-    loss = _check_loss(body)
+    loss = loss_definition(body.loss_fn, body.loss_fn_config)
     if not body.rows:
         raise InvalidArgument("data is empty", hint="send at least one datum", field="data")
     for index, row in enumerate(body.rows):
         _check_tokens(row, index, limits)
         _check_inputs(row, index, loss, limits, body.loss_fn)
     return _pack(body, loss)
-
-
-def _check_loss(body: Pass) -> Loss:
-    known = ", ".join(LOSSES)
-    if body.loss_fn in REFUSED_LOSSES:
-        raise Unsupported(
-            f"loss_fn {body.loss_fn!r} is not supported by this version",
-            hint=f"use {known}, or forward_backward_custom",
-            field="loss_fn",
-        )
-    loss = LOSSES.get(body.loss_fn)
-    if loss is None:
-        raise UnknownLoss(
-            f"loss_fn {body.loss_fn!r} is unknown", hint=f"use {known}", field="loss_fn"
-        )
-    for name, value in body.loss_fn_config.items():
-        _check_config(body.loss_fn, loss, name, value)
-    return loss
-
-
-def _check_config(loss_fn: str, loss: Loss, name: str, value: float | str) -> None:
-    field = f"loss_fn_config.{name}"
-    if name not in loss.config:
-        allowed = ", ".join(loss.config) or "nothing"
-        raise InvalidArgument(
-            f"loss_fn_config has {name!r}, which {loss_fn} does not take",
-            hint=f"it takes {allowed}",
-            field=field,
-        )
-    if isinstance(value, str) or not math.isfinite(value):
-        raise InvalidArgument(f"{field} is {value!r}", hint="use a finite number", field=field)
 
 
 def _check_tokens(row: Row, index: int, limits: Limits) -> None:
@@ -148,7 +96,7 @@ def _check_vocabulary(tokens: Array, field: str, limits: Limits) -> None:
         )
 
 
-def _check_inputs(row: Row, index: int, loss: Loss, limits: Limits, loss_fn: str) -> None:
+def _check_inputs(row: Row, index: int, loss: LossDefinition, limits: Limits, loss_fn: str) -> None:
     where = f"data[{index}].loss_fn_inputs"
     for name in ("target_tokens", *loss.required):
         if name not in row.inputs:
@@ -168,13 +116,13 @@ def _check_inputs(row: Row, index: int, loss: Loss, limits: Limits, loss_fn: str
         _check_input(row, name, where)
 
 
-def _check_targets(row: Row, where: str, loss: Loss, limits: Limits) -> None:
+def _check_targets(row: Row, where: str, loss: LossDefinition, limits: Limits) -> None:
     field = f"{where}.target_tokens"
     targets = row.inputs["target_tokens"]
     if targets.dtype != "int64":
         raise InvalidArgument(f"{field} has dtype {targets.dtype}", hint="use int64", field=field)
     num_axes = len(targets.shape)
-    if num_axes not in ((1, 2) if loss.takes_any_input else (1,)) or 0 in targets.shape[1:]:
+    if num_axes not in ((1, 2) if loss.takes_many_targets else (1,)) or 0 in targets.shape[1:]:
         hint = "use one target per token, or [tokens, targets] with cross_entropy"
         raise InvalidArgument(f"{field} has shape {list(targets.shape)}", hint=hint, field=field)
     if targets.shape[0] != row.num_tokens:
@@ -202,7 +150,7 @@ def _check_input(row: Row, name: str, where: str) -> None:
 # Packing -------------------------------------------------------------------------------------
 
 
-def _pack(body: Pass, loss: Loss) -> Batch:
+def _pack(body: Pass, loss: LossDefinition) -> Batch:
     """Axes: T tokens of all rows end to end, K targets per token."""
     shapes = [row.inputs["target_tokens"].shape for row in body.rows]
     arrays: Arrays = {
@@ -214,8 +162,9 @@ def _pack(body: Pass, loss: Loss) -> Batch:
         arrays["weights"] = _pack_weights(body.rows, arrays["target_tokens"].shape[1])
     for name in loss.required:
         arrays[name] = _concatenate(body.rows, lambda row, name=name: row.inputs[name].array())
-    for name in _given_thresholds(body.rows, loss):
-        arrays[name] = _pack_threshold(body, name)
+    for name in loss.optional:
+        if name != "weights" and _is_needed(body, loss, name):
+            arrays[name] = _pack_optional(body, loss, name)
     return Batch(arrays, shapes)
 
 
@@ -251,17 +200,25 @@ def _concatenate(rows: Sequence[Row], values_of: Callable[[Row], Array]) -> Arra
     )
 
 
-def _given_thresholds(rows: Sequence[Row], loss: Loss) -> list[str]:
-    names = [name for name in loss.optional if name in _THRESHOLDS]
-    return [name for name in names if any(name in row.inputs for row in rows)]
+def _is_needed(body: Pass, loss: LossDefinition, name: str) -> bool:
+    """Some datum has it, or none does and nothing else gives what the loss must have."""
+    given = any(name in row.inputs for row in body.rows)
+    return given or (name in loss.required_config and name not in body.loss_fn_config)
 
 
-def _pack_threshold(body: Pass, name: str) -> Array:
-    """Per token: the datum's own, else the configured one."""
-    common = float(body.loss_fn_config.get(name, _THRESHOLDS[name]))
+def _pack_optional(body: Pass, loss: LossDefinition, name: str) -> Array:
+    """Per token: the datum's own, else what holds for a datum without it."""
 
     def values_of(row: Row) -> Array:
         given = row.inputs.get(name)
-        return np.full(row.num_tokens, common) if given is None else given.array()
+        return _absent(body, loss, name, row) if given is None else given.array()
 
     return _concatenate(body.rows, values_of)
+
+
+def _absent(body: Pass, loss: LossDefinition, name: str, row: Row) -> Array:
+    if name == SEQUENCE_RATIO_MASK:
+        return row.inputs["advantages"].array() != 0
+    require_threshold(body.loss_fn, loss, name, body.loss_fn_config)
+    common = body.loss_fn_config.get(name, DEFAULT_THRESHOLDS[name])
+    return np.full(row.num_tokens, float(common))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from homefire.trainer.engine.batch import read_batch
-from homefire.trainer.engine.losses import KNOWN_LOSSES, evaluate, loss_function, metrics
+from homefire.trainer.engine.losses import evaluate, loss_function, metrics
 from homefire.wire.errors import (
     InvalidArgument,
     LengthMismatch,
@@ -12,6 +12,7 @@ from homefire.wire.errors import (
     UnknownLoss,
     Unsupported,
 )
+from homefire.wire.losses import LOSSES
 
 
 def batch_of(num_tokens=4, **inputs):
@@ -34,22 +35,65 @@ def column(*values):
 def test_an_unknown_loss_names_the_known_ones():
     with pytest.raises(UnknownLoss, match="foo") as error:
         loss_function("foo", {})
-    assert all(name in error.value.hint for name in KNOWN_LOSSES)
+    assert all(name in error.value.hint for name in LOSSES)
 
 
-@pytest.mark.parametrize("name", ["dapo", "gspo", "cispo", "dro", "stable_reinforce", "custom"])
-def test_losses_of_later_issues_are_refused_by_name(name):
-    with pytest.raises(Unsupported, match=name):
+@pytest.mark.parametrize("name", ["stable_reinforce", "dppo", "reinforce", "custom"])
+def test_losses_without_a_public_definition_are_refused_by_name(name):
+    with pytest.raises(Unsupported, match=name) as error:
         loss_function(name, {})
+    assert all(known in error.value.hint for known in LOSSES)
 
 
-def test_config_keys_are_checked():
-    with pytest.raises(InvalidArgument, match="beta"):
-        loss_function("cross_entropy", {"beta": 1.0})
-    with pytest.raises(InvalidArgument, match="must be a number"):
-        loss_function("ppo", {"clip_low_threshold": "low"})
-    with pytest.raises(Unsupported, match="top_k"):
-        loss_function("cross_entropy", {"top_k": 4.0})
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("cross_entropy", {"beta": 1.0}, "'beta', which cross_entropy does not take"),
+        ("ppo", {"clip_low_threshold": "low"}, "clip_low_threshold is 'low'"),
+        ("ppo", {"clip_low_threshold": -0.2}, "clip_low_threshold is -0.2"),
+        ("dro", {}, "dro needs loss_fn_config 'beta'"),
+        ("dro", {"beta": -1.0}, "beta is -1"),
+        ("dapo", {"eps_clip_c": 1.0}, "eps_clip_c is 1"),
+        ("importance_sampling", {"ratio_log_cap": float("nan")}, "ratio_log_cap is nan"),
+    ],
+)
+def test_config_is_checked_by_name(name, config, message):
+    with pytest.raises(InvalidArgument, match=message):
+        loss_function(name, config)
+
+
+@pytest.mark.parametrize("name", ["gspo", "dapo"])
+def test_bounds_without_a_public_default_must_be_given(name):
+    batch = batch_of(advantages=np.ones(4), logprobs=np.zeros(4))
+    with pytest.raises(InvalidArgument, match=f"{name} needs .*clip_low_threshold"):
+        evaluate(loss_function(name, {}), column(0, 0, 0, 0), batch)
+
+
+def test_bounds_in_the_wrong_order_are_refused():
+    batch = batch_of(advantages=np.ones(4), logprobs=np.zeros(4))
+    loss = loss_function("ppo", {"clip_low_threshold": 1.3})
+    with pytest.raises(InvalidArgument, match="clip_low_threshold is above"):
+        evaluate(loss, column(0, 0, 0, 0), batch)
+
+
+def test_the_sequence_ratio_is_of_the_marked_tokens_alone():
+    """Rows of 1 and 3 tokens; the second row's ratio is exp((1 + 3) / 2), not of its other token."""
+    batch = batch_of(
+        advantages=[1, 0, 1, 1], logprobs=[-1, -9, -2, -4], sequence_ratio_mask=[1, 0, 1, 1]
+    )
+    bounds = {"clip_low_threshold": 0.0, "clip_high_threshold": 1e9}
+    terms = evaluate(loss_function("gspo", bounds), column(-1, -1, -1, -1), batch)
+    ratio = pytest.approx(-np.exp(2.0))
+    assert terms.gradient[:, 0].tolist() == [-1.0, 0.0, ratio, ratio]
+
+
+def test_a_mask_that_marks_nothing_of_a_row_with_advantages_is_refused():
+    batch = batch_of(
+        advantages=[1, 1, 1, 1], logprobs=np.zeros(4), sequence_ratio_mask=[1, 0, 0, 0]
+    )
+    bounds = {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}
+    with pytest.raises(InvalidArgument, match="row 1 has advantages, but its sequence_ratio_mask"):
+        evaluate(loss_function("gspo", bounds), column(0, 0, 0, 0), batch)
 
 
 def test_absent_weights_count_as_one():
@@ -99,10 +143,12 @@ def test_per_token_bounds_win_over_the_config():
     assert metrics(terms)["clip_fraction:mean"] == 0.25
 
 
-@pytest.mark.parametrize("name", KNOWN_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_every_metric_names_a_reduction_that_clients_know(name):
     batch = batch_of(weights=np.ones((4, 1)), advantages=np.ones(4), logprobs=np.zeros(4))
-    found = metrics(evaluate(loss_function(name, {}), column(-1, -1, -1, -1), batch))
+    given = {"beta": 0.1, "clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    config = {key: value for key, value in given.items() if key in LOSSES[name].config}
+    found = metrics(evaluate(loss_function(name, config), column(-1, -1, -1, -1), batch))
     assert "loss:sum" in found
     for key in found:
         assert key.split(":")[1:] in (["sum"], ["min"], ["max"], ["mean"])

@@ -70,6 +70,18 @@ def test_rl_inputs_and_per_token_thresholds_are_flat() -> None:
     assert "clip_high_threshold" not in batch.arrays
 
 
+def test_a_row_without_a_sequence_mask_marks_its_advantages() -> None:
+    rl = {"logprobs": floats(-1.0, -1.0), "advantages": floats(0.0, 2.0)}
+    batch = check(
+        row([1, 2], target_tokens=ints(2, 3), **rl),
+        row([1, 2], target_tokens=ints(2, 3), sequence_ratio_mask=floats(1, 1), **rl),
+        loss_fn="gspo",
+        clip_low_threshold=0.9,
+        clip_high_threshold=1.1,
+    )
+    assert batch.arrays["sequence_ratio_mask"].tolist() == [0, 1, 1, 1]
+
+
 def test_cross_entropy_ignores_inputs_that_it_does_not_know() -> None:
     assert "mask" not in check(row([1], target_tokens=ints(2), mask=floats(1.0))).arrays
 
@@ -148,7 +160,19 @@ NAN = float("nan")
             "top_k",
         ),
         ([row([1], target_tokens=ints(2))], "foo", {}, errors.UnknownLoss, "cross_entropy"),
-        ([row([1], target_tokens=ints(2))], "dapo", {}, errors.Unsupported, "dapo"),
+        ([row([1], target_tokens=ints(2))], "dppo", {}, errors.Unsupported, "dppo"),
+        ([row([1], target_tokens=ints(2))], "dro", {}, errors.InvalidArgument, "beta"),
+        ([row([1], target_tokens=ints(2), **RL)], "gspo", {}, errors.InvalidArgument, "clip_low"),
+        (
+            [
+                row([1], target_tokens=ints(2), clip_low_threshold=floats(1), **RL),
+                row([1], target_tokens=ints(2), **RL),
+            ],
+            "dapo",
+            {"clip_high_threshold": 1.2},
+            errors.InvalidArgument,
+            "dapo needs .*clip_low",
+        ),
         ([row([1], target_tokens=ints(2))], "ppo", {}, errors.InvalidArgument, "lacks 'logprobs'"),
         (
             [row([1], target_tokens=ints(2), mask=floats(1), **RL)],

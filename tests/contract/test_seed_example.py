@@ -1,53 +1,61 @@
-"""The example of the public documentation, verbatim, with the real Fireworks client."""
+"""The example of the public documentation with the real Fireworks clients: verbatim where a release
+still takes it, else with the lines changed that the release itself demands."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from contract.cells import versions
+from contract.clients import run_client
 from contract.environments import ENVIRONMENTS
 from homefire.checkpoints import DirectoryStore
 from homefire.checkpoints.tiny import ensure_tiny
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind
 from journeys.hf_cache import cache_repository
 
-HERE = Path(__file__).parent
+QUOTED = Path(__file__).parent / "data/training_and_sampling.md"
 HOSTED_MODEL = "accounts/fireworks/models/qwen3-8b"
+NO_ACCUMULATION = {"        gradient_accumulation_steps=4,\n": ""}
+"""From 1.2.0a70 on the client itself refuses any other value than 1."""
+OWN_CORE = {"import tinker\n": "from fireworks.training import sdk as tinker\n"}
+"""From 1.2.25 on the client brings its own tinker."""
+MIGRATION = {"1.2.20": NO_ACCUMULATION, "1.2.30": NO_ACCUMULATION | OWN_CORE}
+
+pytestmark = [
+    pytest.mark.parametrize("version", versions("fireworks-ai"), scope="module"),
+    pytest.mark.cell(client="fireworks-ai", method="the documented training and sampling example"),
+]
+
+
+def migrated(version: str) -> str:
+    text = QUOTED.read_text()
+    for line, replacement in MIGRATION.get(version, {}).items():
+        assert text.count(line) == 1, line
+        text = text.replace(line, replacement)
+    return text
 
 
 @pytest.fixture(scope="module")
-def findings(homefire_up, tmp_path_factory) -> dict:
+def findings(homefire_up, tmp_path_factory, version) -> dict:
     server = homefire_up(arguments=["--alias", f"{HOSTED_MODEL}=tiny"])
-    cache = tmp_path_factory.mktemp("hf")
-    tiny = ensure_tiny(cache / "tiny")
-    cache_repository(cache / "hub", "Qwen/Qwen3-8B", tiny, pattern="*.json")
-    environment = {
-        **os.environ,
-        "FIREWORKS_BASE_URL": server.url,
-        "FIREWORKS_API_KEY": server.api_key,
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    run = subprocess.run(
-        [
-            ENVIRONMENTS["fireworks-ai", "1.2.0a68"].python(),
-            HERE / "seed_script.py",
-            HERE / "data/training_and_sampling.md",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    work = tmp_path_factory.mktemp("work")
+    tiny = ensure_tiny(work / "tiny")
+    cache_repository(work / "hf" / "hub", "Qwen/Qwen3-8B", tiny, pattern="*.json")
+    example = work / "example.md"
+    example.write_text(migrated(version))
+    found = run_client(
+        ENVIRONMENTS["fireworks-ai", version],
+        "seed_example.py",
+        server,
+        example,
+        env={"HF_HOME": str(work / "hf")},
+        timeout_s=600,
     )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-    line = next(line for line in run.stdout.splitlines() if line.startswith("FINDINGS "))
-    return {"home": server.home, **json.loads(line.removeprefix("FINDINGS "))}
+    server.stop()
+    return {"home": server.home, **found["example"]}
 
 
 def test_training_changes_the_weights_in_the_direction_of_the_objective(findings):

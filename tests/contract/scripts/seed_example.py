@@ -1,24 +1,24 @@
-"""Runs inside the real client's environment: the quoted example, block by block, in one namespace.
+"""The quoted example of the public documentation, block by block, in one namespace.
 
 Only what the page leaves to its reader is filled in here: `compute_objective`, `build_batch`,
-prompts, evaluation and counters. Between the blocks it measures what the page promises, and prints
-the findings as one JSON line.
+prompts, evaluation and counters. Between the blocks it measures what the page promises.
 
-    python seed_script.py QUOTED_MARKDOWN
+    python seed_example.py QUOTED_MARKDOWN
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
 import httpx
-import tinker
 import torch
+from findings import Findings
 
-FINDINGS: dict[str, object] = {}
+found = Findings()
+names: dict = {}
+"""Of the quoted code: `tinker` is what it imports under that name."""
 
 
 def quoted_blocks(path: Path) -> dict[str, str]:
@@ -31,7 +31,8 @@ def compute_objective(*, data, logprobs_list):
     return -torch.cat([logprobs.flatten() for logprobs in logprobs_list]).mean()
 
 
-def build_batch(step: int) -> list[tinker.Datum]:
+def build_batch(step: int) -> list:
+    tinker = names["tinker"]
     rows = [list(b"homefire trains "), list(b"what you own")]
     return [
         tinker.Datum(
@@ -47,7 +48,7 @@ def build_batch(step: int) -> list[tinker.Datum]:
 
 
 def evaluate_responses(completions) -> float:
-    FINDINGS.setdefault("completions", []).append(
+    names["completions_seen"].append(
         [[c.prompt_len, c.completion_len, len(c.full_tokens)] for c in completions]
     )
     return float(len(completions))
@@ -59,7 +60,7 @@ def mean_logprob(client) -> float:
     return sum(values) / len(values)
 
 
-def served_identity(names: dict) -> str | None:
+def served_identity() -> str | None:
     """What the deployment says that it serves, asked over plain HTTP."""
     status = names["deploy_mgr"].hotload_check_status(
         "research-serving", "accounts/fireworks/models/qwen3-8b"
@@ -67,7 +68,7 @@ def served_identity(names: dict) -> str | None:
     return status["replicas"][0]["current_snapshot_identity"]
 
 
-def completion_identity(names: dict) -> str:
+def completion_identity() -> str:
     response = httpx.post(
         f"{names['base_url']}/inference/v1/completions",
         headers={"Authorization": f"Bearer {names['api_key']}"},
@@ -80,40 +81,46 @@ def completion_identity(names: dict) -> str:
     return response.raise_for_status().headers["x-homefire-weights"].split(";")[0]
 
 
-def main(quoted: Path) -> None:
-    blocks = quoted_blocks(quoted)
-    set_up, evaluate = re.split(r"\n(?=if step % eval_interval)", blocks["sync"], maxsplit=1)
-    names: dict = {
-        "compute_objective": compute_objective,
-        "build_batch": build_batch,
-        "evaluate_responses": evaluate_responses,
-        "eval_prompts": [{"role": "user", "content": "5271"}],
-        "eval_interval": 1,
-        "total_steps": 2,
-    }
-    exec(compile(blocks["bootstrap"], "bootstrap", "exec"), names)
-    FINDINGS["job_id"] = names["created"].job_id
-    FINDINGS["before"] = mean_logprob(names["training_client"])
+def run(block: str, source: str) -> None:
+    exec(compile(source, block, "exec"), names)
 
-    exec(compile(blocks["train"], "train", "exec"), names)
-    exec(compile(set_up, "sync", "exec"), names)
-    exec(compile(evaluate, "sync", "exec"), names)
-    FINDINGS["first"] = [names["tracker"].base_identity, served_identity(names)]
-    FINDINGS["first_completion"] = completion_identity(names)
+
+@found.step
+def example():
+    blocks = quoted_blocks(Path(sys.argv[1]))
+    set_up, evaluate = re.split(r"\n(?=if step % eval_interval)", blocks["sync"], maxsplit=1)
+    names.update(
+        compute_objective=compute_objective,
+        build_batch=build_batch,
+        evaluate_responses=evaluate_responses,
+        eval_prompts=[{"role": "user", "content": "5271"}],
+        eval_interval=1,
+        total_steps=2,
+        completions_seen=[],
+    )
+    measured: dict[str, object] = {}
+    run("bootstrap", blocks["bootstrap"])
+    measured["job_id"] = names["created"].job_id
+    measured["before"] = mean_logprob(names["training_client"])
+
+    run("train", blocks["train"])
+    run("sync", set_up)
+    run("sync", evaluate)
+    measured["first"] = [names["tracker"].base_identity, served_identity()]
+    measured["first_completion"] = completion_identity()
 
     names["total_steps"] = 3
-    exec(compile(blocks["train"], "train", "exec"), names)
-    exec(compile(evaluate, "sync", "exec"), names)
-    FINDINGS["second"] = [names["tracker"].base_identity, served_identity(names)]
-    FINDINGS["second_completion"] = completion_identity(names)
-    FINDINGS["trained"] = mean_logprob(names["training_client"])
+    run("train", blocks["train"])
+    run("sync", evaluate)
+    measured["second"] = [names["tracker"].base_identity, served_identity()]
+    measured["second_completion"] = completion_identity()
+    measured["trained"] = mean_logprob(names["training_client"])
 
     names["job_id"] = names["created"].job_id
-    names["adam_params"] = tinker.AdamParams(learning_rate=1e-5)
-    exec(compile(blocks["reconnect"], "reconnect", "exec"), names)
-    FINDINGS["after_reconnect"] = mean_logprob(names["training_client"])
-    print("FINDINGS " + json.dumps(FINDINGS), flush=True)
+    names["adam_params"] = names["tinker"].AdamParams(learning_rate=1e-5)
+    run("reconnect", blocks["reconnect"])
+    measured["after_reconnect"] = mean_logprob(names["training_client"])
+    return {**measured, "completions": names["completions_seen"]}
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+found.report()

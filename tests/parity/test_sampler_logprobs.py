@@ -6,76 +6,47 @@ so that a misplaced key or a broken mask shows as an error of order 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from homefire.foundation.clock import ManualClock
-from homefire.inference.engine.embedded import EmbeddedNetwork
 from homefire.inference.engine.protocol import (
     Prefilled,
-    Sampled,
+    PromptScoring,
     Sampling,
     SequenceRequest,
     ServedWeights,
     WeightSet,
 )
-from homefire.inference.engine.scheduler import Scheduler, SchedulerLimits
 from homefire.model import lora
 from homefire.model.loading import load_model
-from homefire.model.tensors import raw, serving_tensors
+from homefire.model.tensors import raw
 from homefire.wire.ids import Identity
 from homefire.wire.manifest import CheckpointKind, LoraManifest, whole_digest
 from homefire.wire.tensors import digest_tensors
-from unit.inference.scheduler_bench import Bench, Recorder, tokens_of
+from parity.sampler_models import (
+    full_set,
+    merged,
+    open_bench,
+    prompt,
+    reference,
+    small_qwen3,
+    swap,
+    worst,
+)
+from unit.inference.scheduler_bench import tokens_of
 
 TOLERANCE = 1e-4
 GREEDY = Sampling(temperature=0.0)
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int], Path]:
-    """A small Qwen3 with unit-gain weights in bfloat16 values."""
-
     def make(tied: bool, seed: int) -> Path:
-        path = tmp_path_factory.getbasetemp() / f"qwen3-{tied}-{seed}"
-        if path.exists():
-            return path
-        config = AutoConfig.for_model(
-            "qwen3",
-            vocab_size=97,
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            intermediate_size=96,
-            max_position_embeddings=256,
-            tie_word_embeddings=tied,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        module = AutoModelForCausalLM.from_config(config).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                gain = (
-                    noise / math.sqrt(parameter.shape[-1])
-                    if parameter.dim() > 1
-                    else 1 + 0.1 * noise
-                )
-                parameter.copy_(gain.to(torch.bfloat16))
-        module.save_pretrained(path)
-        return path
+        return small_qwen3(tmp_path_factory.getbasetemp(), tied=tied, seed=seed)
 
     return make
 
@@ -83,45 +54,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, int],
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def model_directory(request: Any, directory: Callable[[bool, int], Path]) -> Path:
     return directory(request.param, 1)
-
-
-def open_bench(directory: Path, **limits: Any) -> Bench:
-    network = EmbeddedNetwork(directory, max_running=8, max_context_length=256, threads=1)
-    clock = ManualClock()
-    chosen = SchedulerLimits(**{"delivery_interval_s": 0.0, **limits})
-    return Bench(Scheduler(network, network.resident_weights(), limits=chosen, clock=clock), clock)
-
-
-def reference(directory: Path) -> Callable[[list[int]], Tensor]:
-    """Logprobs [T, V] of a text under the unmodified model."""
-    module = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-    @torch.inference_mode()
-    def logprobs(tokens: list[int]) -> Tensor:
-        return module(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-
-    return logprobs
-
-
-def prompt(length: int, seed: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(0, 97, (length,), generator=generator).tolist())
-
-
-def logprobs_of(recorder: Recorder) -> list[float]:
-    return [x for update in recorder.of(Sampled) for x in update.logprobs]
-
-
-def worst(
-    logprobs: Callable[[list[int]], Tensor], sequence: SequenceRequest, recorder: Recorder
-) -> float:
-    tokens = tokens_of(recorder)
-    text = [*sequence.prompt, *tokens]
-    start = len(sequence.prompt)
-    expected = logprobs(text)[start - 1 : -1].gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-    return (expected - torch.tensor(logprobs_of(recorder))).abs().max().item()
 
 
 def test_logprobs_of_mixed_lengths_with_late_arrivals_and_departures(model_directory: Path) -> None:
@@ -164,9 +96,7 @@ def test_greedy_is_the_model_s_own_greedy(model_directory: Path) -> None:
 def test_scoring_a_prompt_equals_the_forward_pass(model_directory: Path) -> None:
     bench, logprobs = open_bench(model_directory), reference(model_directory)
     for length, score_from in ((9, 0), (30, 12), (2, 1), (1, 0)):
-        request = SequenceRequest(
-            prompt(length, length), 0, score_from=score_from, num_alternatives=2
-        )
+        request = SequenceRequest(prompt(length, length), 0, scoring=PromptScoring(score_from, 2))
         _, recorder = bench.submit(request)
         bench.run()
         (update,) = recorder.of(Prefilled)
@@ -197,19 +127,6 @@ def test_a_seeded_draw_is_the_same_alone_and_in_company(model_directory: Path) -
 
 
 # weights -------------------------------------------------------------------------------------
-
-
-def full_set(directory: Path, identity: str) -> WeightSet:
-    tensors = {name: raw(t) for name, t in serving_tensors(load_model(directory)).items()}
-    served = ServedWeights(Identity(identity), whole_digest(digest_tensors(tensors)))
-    return WeightSet(served, CheckpointKind.BASE, tensors)
-
-
-def swap(bench: Bench, weights: WeightSet) -> None:
-    done: Future[Any] = Future()
-    bench.scheduler.begin_swap(weights, drain_timeout_s=1.0, done=done)
-    bench.run()
-    done.result()
 
 
 def test_swapped_weights_reach_every_copy_and_come_back(
@@ -266,20 +183,3 @@ def test_an_adapter_is_served_on_the_base_and_dropped_again(
     _, recorder = bench.submit(request)
     bench.run()
     assert worst(reference(model_directory), request, recorder) < TOLERANCE
-
-
-def merged(directory: Path, adapter: lora.LoraAdapter) -> Callable[[list[int]], Tensor]:
-    """W + scaling * B A in a plain model; a tied head is untied first, since only it is adapted."""
-    module: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    for path, layer in adapter.layers.items():
-        linear = module.get_submodule(path)
-        weight = linear.weight.detach() + adapter.scaling * layer.b @ layer.a
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-    @torch.inference_mode()
-    def logprobs(tokens: list[int]) -> Tensor:
-        return module(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
-
-    return logprobs

@@ -13,17 +13,20 @@ from homefire.checkpoints import (
     DirectoryStore,
     Manifest,
     SnapshotInfo,
+    raw_tensor,
     write_base,
     write_delta,
 )
+from homefire.inference.engine.fake import LORA_A, LORA_B
 from homefire.inference.engine.protocol import Sampling, ServedWeights, WeightSet
 from homefire.model import bigram
 from homefire.wire.ids import Identity
 from homefire.wire.internal import SnapshotLocation
-from homefire.wire.manifest import CheckpointKind, whole_digest
+from homefire.wire.manifest import CheckpointKind, LoraManifest, whole_digest
 from homefire.wire.tensors import RawTensor, digest_tensors
 
 GREEDY = Sampling(temperature=0.0)
+CANARY_LORA = LoraManifest(rank=1, alpha=1.0)
 LOCATION = SnapshotLocation("local", "job-1", "policy")
 
 
@@ -37,6 +40,19 @@ def canary_set(token: int, vocab_size: int = 320) -> WeightSet:
     tensors = canary_tensors(token, vocab_size)
     served = ServedWeights(Identity(f"canary-{token}"), whole_digest(digest_tensors(tensors)))
     return WeightSet(served, CheckpointKind.BASE, tensors)
+
+
+def canary_adapter(token: int, vocab_size: int = 320) -> WeightSet:
+    """On the bigram base model; its greedy token is always `token`."""
+    tensors = adapter_tensors(token, vocab_size)
+    served = ServedWeights(Identity(f"adapter-{token}"), whole_digest(digest_tensors(tensors)))
+    return WeightSet(served, CheckpointKind.LORA, tensors, CANARY_LORA)
+
+
+def adapter_tensors(token: int, vocab_size: int = 320) -> dict[str, RawTensor]:
+    a, b = np.ones((1, vocab_size), np.float32), np.zeros((vocab_size, 1), np.float32)
+    b[token] = 50.0
+    return {name: raw_tensor(array) for name, array in ((LORA_A, a), (LORA_B, b))}
 
 
 @dataclass

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from homefire.foundation.clock import ManualClock
-from homefire.inference.engine.protocol import Listener, Sampled, SequenceRequest, Update
+from homefire.inference.engine.protocol import (
+    Listener,
+    Sampled,
+    SequenceRequest,
+    ServedWeights,
+    Update,
+    WeightSet,
+)
 from homefire.inference.engine.scheduler import Scheduler
 from homefire.inference.engine.sequence import Generation
 
@@ -30,11 +38,19 @@ class Bench:
     scheduler: Scheduler
     clock: ManualClock
 
-    def submit(self, *sequences: SequenceRequest) -> tuple[Generation, Recorder]:
+    def submit(
+        self, *sequences: SequenceRequest, weights: ServedWeights | None = None
+    ) -> tuple[Generation, Recorder]:
         recorder = Recorder()
-        generation = Generation(recorder, self.clock.monotonic())
+        generation = Generation(recorder, self.clock.monotonic(), weights)
         self.scheduler.submit(generation, sequences)
         return generation, recorder
+
+    def load(self, weights: WeightSet) -> Future[None]:
+        done: Future[None] = Future()
+        self.scheduler.adapters.request(weights, done)
+        self.step()
+        return done
 
     def step(self, seconds: float = 0.0) -> None:
         self.clock.advance(seconds)

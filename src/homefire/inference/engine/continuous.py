@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from homefire.foundation.clock import Clock, SystemClock
@@ -64,14 +65,20 @@ class ContinuousEngine:
     def max_context_length(self) -> int:
         return self._network.max_context_length
 
-    def submit(self, sequences: Sequence[SequenceRequest], listener: Listener) -> Ticket:
+    def submit(
+        self,
+        sequences: Sequence[SequenceRequest],
+        listener: Listener,
+        *,
+        weights: ServedWeights | None = None,
+    ) -> Ticket:
         num_queued = self.load().queued
         if num_queued >= self._max_queued:
             raise Overloaded(
                 f"{num_queued} requests are waiting, the limit is {self._max_queued}",
                 hint="retry later, with fewer requests at once",
             )
-        generation = Generation(listener, self._clock.monotonic())
+        generation = Generation(listener, self._clock.monotonic(), weights)
         self._send(lambda: self._scheduler.submit(generation, sequences))
         return generation
 
@@ -85,6 +92,20 @@ class ContinuousEngine:
             lambda: self._scheduler.begin_swap(weights, drain_timeout_s=drain_timeout_s, done=done)
         )
         return done
+
+    def hold_adapter(self, adapter: ServedWeights) -> bool:
+        return self._scheduler.adapters.table.hold(adapter)
+
+    def load_adapter(self, weights: WeightSet) -> Future[None]:
+        done: Future[None] = Future()
+        self._send(lambda: self._scheduler.adapters.request(weights, done))
+        return done
+
+    def release_adapter(self, adapter: ServedWeights) -> None:
+        """Wakes the engine, since a load may wait for it."""
+        self._scheduler.adapters.table.release(adapter)
+        with suppress(HomefireError):
+            self._send(lambda: None)
 
     def base_weights(self) -> WeightSet:
         return self._network.base_weights()

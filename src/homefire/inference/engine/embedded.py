@@ -5,17 +5,18 @@ Axes: B sequences, T prompt tokens of all rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from homefire.inference.engine.network import PrefillResult, PrefillRow, PromptScore
-from homefire.inference.engine.protocol import Alternatives, ServedWeights, WeightSet
-from homefire.inference.engine.sampler import likeliest, sample
+from homefire.inference.engine.adapted_layers import AdaptedLayers, Segments, segments
+from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow
+from homefire.inference.engine.prompt_scoring import score_prompt
+from homefire.inference.engine.protocol import ServedWeights, WeightSet
+from homefire.inference.engine.sampler import sample
 from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
 from homefire.model import lora
 from homefire.model.attention import AttentionContext, attending
@@ -31,9 +32,6 @@ from homefire.model.tensors import (
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.manifest import CheckpointKind, whole_digest
 from homefire.wire.tensors import digest_tensors
-
-_SCORED_AT_ONCE = 256
-"""Prompt positions whose logits exist at once: 256 x 150k float32 logits are 0.15 GB."""
 
 
 class EmbeddedNetwork:
@@ -53,8 +51,12 @@ class EmbeddedNetwork:
         )
         self._is_base = True
         """The module holds the base model's weights, with or without an adapter on them."""
-        self._adapter: lora.LoraAdapter | None = None
-        self._adapter_hooks = ExitStack()
+        self._installed: lora.LoraAdapter | None = None
+        """The adapter of rows that name none."""
+        self._resident: dict[ServedWeights, lora.LoraAdapter] = {}
+        self._layers = AdaptedLayers(self._model)
+        self._decoding: tuple[Sequence[Adapter], Segments] = ((), ())
+        """The running batch and its segments, kept while the batch stays the same."""
         _store_by_column(self._model)
         self._head = _Head(self._model)
 
@@ -74,20 +76,36 @@ class EmbeddedNetwork:
         tokens = torch.tensor([token for row in rows for token in row.tokens])
         positions = torch.cat([torch.arange(length) for length in lengths])
         context = self._cache.prefilling(lengths, [row.slots for row in rows])
+        adapters = [self._adapter(row.adapter) for row in rows]
+        self._layers.route(segments(adapters, lengths))
         hidden_TH = self._hidden(tokens, positions, context)
         last = torch.tensor(lengths).cumsum(0) - 1
-        logits_BV = self._logits(hidden_TH[last[_row_by_slot(rows)]])
+        row_by_slot = _row_by_slot(rows)
+        ends = segments([adapters[row] for row in row_by_slot.tolist()])
+        logits_BV = self._logits(hidden_TH[last[row_by_slot]], ends)
         scores = [
-            self._score(row, hidden_TH[end - length : end])
-            for row, length, end in zip(rows, lengths, (last + 1).tolist(), strict=True)
+            score_prompt(row, self._row_logits(hidden_TH[end - length : end], adapter))
+            for row, adapter, length, end in zip(
+                rows, adapters, lengths, (last + 1).tolist(), strict=True
+            )
         ]
+        self._decoding = ((), ())
         return PrefillResult(sample(logits_BV, plan, uniforms), scores)
 
     @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
+    def decode(
+        self,
+        tokens: Sequence[int],
+        plan: SamplingPlan,
+        uniforms: Uniforms,
+        adapters: Sequence[Adapter],
+    ) -> Draws:
         context = self._cache.decoding(len(tokens))
+        if self._decoding[0] is not adapters:
+            self._decoding = (adapters, segments([self._adapter(key) for key in adapters]))
+            self._layers.route(self._decoding[1])
         hidden_BH = self._hidden(torch.tensor(tokens), context.positions, context)
-        return sample(self._logits(hidden_BH), plan, uniforms)
+        return sample(self._logits(hidden_BH, self._decoding[1]), plan, uniforms)
 
     @torch.inference_mode()
     def move(self, *, source: int, destination: int) -> None:
@@ -97,10 +115,20 @@ class EmbeddedNetwork:
         if weights.kind is CheckpointKind.LORA:
             return self._install_adapter(weights)
         load_serving_tensors(self._model, weights.tensors)
-        self._drop_adapter()
+        self._installed = None
         self._is_base = weights.served.identity is None
         self._head.refresh()
         return memory_digest(self._model)
+
+    def add_adapter(self, weights: WeightSet) -> str:
+        adapter = self._read_adapter(weights)
+        self._resident[weights.served] = adapter
+        return _adapter_digest(adapter)
+
+    def drop_adapter(self, adapter: ServedWeights) -> None:
+        del self._resident[adapter]
+        self._layers.route(())
+        self._decoding = ((), ())
 
     def base_weights(self) -> WeightSet:
         return _base_weight_set(load_model(self._directory))
@@ -111,19 +139,19 @@ class EmbeddedNetwork:
         return WeightSet(served, CheckpointKind.BASE, {})
 
     def _install_adapter(self, weights: WeightSet) -> str:
-        adapter = _adapter_of(weights)
-        lora.check_fits(self._model, adapter)
+        adapter = self._read_adapter(weights)
         if not self._is_base:
             self.install(self.base_weights())
-        self._drop_adapter()
-        self._adapter = adapter
-        self._adapter_hooks.enter_context(lora.applied(self._model, adapter))
-        tensors = {name: raw(tensor) for name, tensor in lora.peft_tensors(adapter).items()}
-        return whole_digest(digest_tensors(tensors))
+        self._installed = adapter
+        return _adapter_digest(adapter)
 
-    def _drop_adapter(self) -> None:
-        self._adapter_hooks.close()
-        self._adapter = None
+    def _read_adapter(self, weights: WeightSet) -> lora.LoraAdapter:
+        adapter = _adapter_of(weights, self._model.device)
+        lora.check_fits(self._model, adapter)
+        return adapter
+
+    def _adapter(self, key: Adapter) -> lora.LoraAdapter | None:
+        return self._installed if key is None else self._resident[key]
 
     def _hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """tokens, positions int64 [T] -> [T, H]"""
@@ -136,33 +164,19 @@ class EmbeddedNetwork:
             )
         return output.last_hidden_state[0]
 
-    def _logits(self, hidden_BH: Tensor) -> Tensor:
-        logits_BV = self._head(hidden_BH)
-        if self._adapter is None:
-            return logits_BV
-        update = lora.head_update(self._model, self._adapter, hidden_BH)
-        return logits_BV if update is None else logits_BV.addmm(update[0], update[1].t())
+    def _logits(self, hidden_TH: Tensor, routed: Segments) -> Tensor:
+        return self._layers.adapt_head(self._head(hidden_TH), hidden_TH, routed)
 
-    def _score(self, row: PrefillRow, hidden_TH: Tensor) -> PromptScore:
-        """Logprobs of the row's own tokens; position p is predicted by the hidden state before it."""
-        if row.score_from is None:
-            return PromptScore([], [])
-        logprobs: list[float] = []
-        alternatives: list[Alternatives] = []
-        if row.score_from == 0:
-            logprobs.append(0.0)
-            alternatives += [[]] * bool(row.num_alternatives)
-        start = max(row.score_from, 1)
-        targets = torch.tensor(row.tokens[start:], device=hidden_TH.device)
-        for hidden, target in zip(
-            hidden_TH[start - 1 : -1].split(_SCORED_AT_ONCE),
-            targets.split(_SCORED_AT_ONCE),
-            strict=True,
-        ):
-            logprobs_TV = self._logits(hidden).float().log_softmax(-1)
-            logprobs += logprobs_TV.gather(-1, target[:, None])[:, 0].tolist()
-            alternatives += likeliest(logprobs_TV, row.num_alternatives)
-        return PromptScore(logprobs, alternatives)
+    def _row_logits(
+        self, hidden_TH: Tensor, adapter: lora.LoraAdapter | None
+    ) -> Callable[[slice], Tensor]:
+        """Logits [n, V] that follow a span of a prompt's positions."""
+
+        def logits(span: slice) -> Tensor:
+            hidden = hidden_TH[span]
+            return self._logits(hidden, segments([adapter], [len(hidden)]))
+
+        return logits
 
 
 class _Head:
@@ -201,12 +215,23 @@ def _row_by_slot(rows: Sequence[PrefillRow]) -> Tensor:
     return torch.tensor([row for _, row in pairs])
 
 
-def _adapter_of(weights: WeightSet) -> lora.LoraAdapter:
-    if weights.lora is None:
-        raise InvalidArgument(f"the manifest of {weights.served.name!r} has no lora settings")
-    config = {"r": weights.lora.rank, "lora_alpha": weights.lora.alpha}
+def _adapter_of(weights: WeightSet, device: torch.device) -> lora.LoraAdapter:
+    """Checked to be finite: a row without the adapter would not see it, but its own logits would be NaN."""
+    if weights.kind is not CheckpointKind.LORA or weights.lora is None:
+        raise InvalidArgument(f"{weights.served.name!r} is no adapter")
     tensors = {name: from_raw(tensor) for name, tensor in weights.tensors.items()}
-    return lora.adapter_from_peft(tensors, config)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise InvalidArgument(f"{name!r} of {weights.served.name!r} is not finite")
+    config = {"r": weights.lora.rank, "lora_alpha": weights.lora.alpha}
+    return lora.adapter_from_peft(
+        {name: tensor.to(device) for name, tensor in tensors.items()}, config
+    )
+
+
+def _adapter_digest(adapter: lora.LoraAdapter) -> str:
+    tensors = {name: raw(tensor) for name, tensor in lora.peft_tensors(adapter).items()}
+    return whole_digest(digest_tensors(tensors))
 
 
 def _base_weight_set(model: LoadedModel) -> WeightSet:

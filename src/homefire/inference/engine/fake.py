@@ -14,8 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from homefire.checkpoints import read_model_directory
-from homefire.inference.engine.network import PrefillResult, PrefillRow, PromptScore
-from homefire.inference.engine.protocol import Alternatives, Sampling, ServedWeights, WeightSet
+from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow, PromptScore
+from homefire.inference.engine.protocol import (
+    Alternatives,
+    PromptDraws,
+    Sampling,
+    ServedWeights,
+    WeightSet,
+)
 from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
 from homefire.model import bigram
 from homefire.wire.errors import InvalidArgument
@@ -36,6 +42,7 @@ class BigramNetwork:
         self._base = _base_of(directory)
         self._max_context_length = max_context_length
         self._weight = self._base
+        self._adapted: dict[ServedWeights, bigram.Float32] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -48,35 +55,55 @@ class BigramNetwork:
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
-        last = sorted((slot, row.tokens[-1]) for row in rows for slot in row.slots)
-        draws = self._draw([token for _, token in last], plan, uniforms)
+        row_of = {slot: row for row in rows for slot in row.slots}
+        last = [row_of[slot] for slot in sorted(row_of)]
+        tokens, adapters = [row.tokens[-1] for row in last], [row.adapter for row in last]
+        draws = self._draw(tokens, plan, uniforms, adapters)
         return PrefillResult(draws, [self._score(row) for row in rows])
 
-    def decode(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
-        return self._draw(tokens, plan, uniforms)
+    def decode(
+        self,
+        tokens: Sequence[int],
+        plan: SamplingPlan,
+        uniforms: Uniforms,
+        adapters: Sequence[Adapter],
+    ) -> Draws:
+        return self._draw(tokens, plan, uniforms, adapters)
 
     def move(self, *, source: int, destination: int) -> None:
         """Nothing is kept per slot."""
 
     def install(self, weights: WeightSet) -> str:
         if weights.kind is CheckpointKind.LORA:
-            return self._install_adapter(weights)
+            self._weight, digest = self._read_adapter(weights)
+            return digest
         self._weight = self._checked(weights.tensors)
         return _digest({bigram.TENSOR: bigram.to_raw(self._weight)})
+
+    def add_adapter(self, weights: WeightSet) -> str:
+        self._adapted[weights.served], digest = self._read_adapter(weights)
+        return digest
+
+    def drop_adapter(self, adapter: ServedWeights) -> None:
+        del self._adapted[adapter]
 
     def base_weights(self) -> WeightSet:
         tensors = {bigram.TENSOR: bigram.to_raw(self._base)}
         return WeightSet(ServedWeights(None, _digest(tensors)), CheckpointKind.BASE, tensors)
 
-    def _install_adapter(self, weights: WeightSet) -> str:
+    def _read_adapter(self, weights: WeightSet) -> tuple[bigram.Float32, str]:
+        """The table of base and adapter together, and the digest of the adapter."""
         if weights.lora is None or weights.tensors.keys() != {LORA_A, LORA_B}:
             raise InvalidArgument(f"{weights.served.name!r} is not an adapter of the bigram model")
         a, b = (bigram.from_raw(weights.tensors[name]) for name in (LORA_A, LORA_B))
         if a.shape != (weights.lora.rank, len(self._base)) or b.shape != a.shape[::-1]:
             raise InvalidArgument(f"the adapter's factors are {list(a.shape)} and {list(b.shape)}")
         scaling = np.float32(weights.lora.alpha / weights.lora.rank)
-        self._weight = self._base + (a.T * scaling) @ b.T
-        return _digest({LORA_A: _raw(a), LORA_B: _raw(b)})
+        table = self._base + ((a.T * scaling) @ b.T).astype(np.float32)
+        return table, _digest({LORA_A: _raw(a), LORA_B: _raw(b)})
+
+    def _table(self, adapter: Adapter) -> bigram.Float32:
+        return self._weight if adapter is None else self._adapted[adapter]
 
     def _checked(self, tensors: Mapping[str, RawTensor]) -> bigram.Float32:
         tensor = tensors.get(bigram.TENSOR)
@@ -89,10 +116,18 @@ class BigramNetwork:
             )
         return bigram.from_raw(tensor)
 
-    def _draw(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
+    def _draw(
+        self,
+        tokens: Sequence[int],
+        plan: SamplingPlan,
+        uniforms: Uniforms,
+        adapters: Sequence[Adapter],
+    ) -> Draws:
         draws = Draws([], [], [], [])
-        for token, sampling, uniform in zip(tokens, plan.samplings, uniforms, strict=True):
-            logits_V = self._weight[token].astype(np.float64)
+        for token, sampling, uniform, adapter in zip(
+            tokens, plan.samplings, uniforms, adapters, strict=True
+        ):
+            logits_V = self._table(adapter)[token].astype(np.float64)
             logprobs_V, sampling_V = log_softmax(logits_V), sampling_logprobs(logits_V, sampling)
             drawn = inverse_cdf(sampling_V, float(uniform))
             draws.tokens.append(drawn)
@@ -103,18 +138,34 @@ class BigramNetwork:
         return draws
 
     def _score(self, row: PrefillRow) -> PromptScore:
-        score = PromptScore([], [])
-        if row.score_from is None:
+        """Position by position, as `PromptScoring` says it."""
+        score, scoring = PromptScore(), row.scoring
+        if scoring is None:
             return score
-        for position in range(row.score_from, len(row.tokens)):
+        for position in range(len(row.tokens)):
+            wants_logprob = scoring.logprobs_from is not None and position >= scoring.logprobs_from
             if position == 0:
-                score.logprobs.append(0.0)
-                score.alternatives.append([])
+                score.logprobs.extend([0.0] * wants_logprob)
+                score.alternatives.extend([[]] * wants_logprob)
                 continue
-            logprobs_V = log_softmax(self._weight[row.tokens[position - 1]].astype(np.float64))
-            score.logprobs.append(float(logprobs_V[row.tokens[position]]))
-            score.alternatives.append(likeliest(logprobs_V, row.num_alternatives))
+            logits_V = self._table(row.adapter)[row.tokens[position - 1]].astype(np.float64)
+            logprobs_V = log_softmax(logits_V)
+            if wants_logprob:
+                score.logprobs.append(float(logprobs_V[row.tokens[position]]))
+                score.alternatives.append(likeliest(logprobs_V, scoring.num_alternatives))
+            if scoring.targets:
+                ids = scoring.targets[position - 1]
+                score.target_logprobs.append([float(logprobs_V[i]) if i >= 0 else 0.0 for i in ids])
+            if (draws := scoring.draws) is not None:
+                drawn = _draw_prompt(logits_V, draws, position)
+                score.draws.append([(token, float(logprobs_V[token])) for token in drawn])
         return score
+
+
+def _draw_prompt(logits_V: Doubles, draws: PromptDraws, position: int) -> list[int]:
+    sampling_V = sampling_logprobs(logits_V, Sampling(temperature=draws.temperature))
+    uniforms = np.random.default_rng([draws.seed, position]).random(draws.count)
+    return [inverse_cdf(sampling_V, float(uniform)) for uniform in uniforms]
 
 
 def log_softmax(logits_V: Doubles) -> Doubles:

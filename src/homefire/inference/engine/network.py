@@ -7,11 +7,19 @@ state of running sequences in slots 0 … B-1, packed at the front, and is used 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from homefire.inference.engine.protocol import Alternatives, WeightSet
+from homefire.inference.engine.protocol import (
+    Alternatives,
+    PromptScoring,
+    ServedWeights,
+    WeightSet,
+)
 from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
+
+Adapter = ServedWeights | None
+"""Which resident adapter a row is computed with; None: the installed weights as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +28,18 @@ class PrefillRow:
 
     tokens: tuple[int, ...]
     slots: tuple[int, ...]
-    score_from: int | None
-    num_alternatives: int
-    """For the scored positions of the prompt."""
+    adapter: Adapter = None
+    scoring: PromptScoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScore:
-    """Of positions `score_from` … of a prompt. Empty when nothing was to be scored."""
+    """What `PromptScoring` asked for, as `Prefilled` has it. Empty when nothing was to be scored."""
 
-    logprobs: list[float]
-    alternatives: list[Alternatives]
+    logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+    target_logprobs: list[list[float]] = field(default_factory=list)
+    draws: list[Alternatives] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +60,18 @@ class Network(Protocol):
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
-        """The rows' slots follow the running ones without a gap; `plan` is for these slots."""
+        """The rows' slots follow the running ones without a gap; `plan` is for these slots. Rows of one
+        adapter stand together."""
         ...
 
-    def decode(self, tokens: Sequence[int], plan: SamplingPlan, uniforms: Uniforms) -> Draws:
-        """Appends `tokens[i]` to slot i and draws what follows it."""
+    def decode(
+        self,
+        tokens: Sequence[int],
+        plan: SamplingPlan,
+        uniforms: Uniforms,
+        adapters: Sequence[Adapter],
+    ) -> Draws:
+        """Appends `tokens[i]` to slot i and draws what follows it, with the slot's adapter."""
         ...
 
     def move(self, *, source: int, destination: int) -> None:
@@ -67,6 +83,17 @@ class Network(Protocol):
 
         Checks names, shapes and dtypes before it changes anything: InvalidArgument. Nothing runs.
         """
+        ...
+
+    def add_adapter(self, weights: WeightSet) -> str:
+        """Makes an adapter resident beside the weights; returns the digest of what is then in memory.
+
+        InvalidArgument when it does not fit the base model; nothing changed then.
+        """
+        ...
+
+    def drop_adapter(self, adapter: ServedWeights) -> None:
+        """No row uses it."""
         ...
 
     def base_weights(self) -> WeightSet:

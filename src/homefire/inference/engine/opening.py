@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from homefire.inference.engine.adapter_table import AdapterLimits
 from homefire.inference.engine.continuous import ContinuousEngine
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.network import Network
@@ -19,7 +20,10 @@ def open_engine(spec: ReplicaSpec, publish: Publish) -> InferenceEngine:
         network,
         weights,
         publish=publish,
-        limits=SchedulerLimits(max_running=spec.max_running),
+        limits=SchedulerLimits(
+            max_running=spec.max_running,
+            adapters=AdapterLimits(spec.max_adapters, spec.max_adapter_bytes),
+        ),
         max_queued=spec.max_queued,
     )
 

@@ -53,6 +53,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptDraws:
+    """Independent draws, with replacement, from the model's distribution at a temperature."""
+
+    count: int
+    """Per position."""
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScoring:
+    """What is wanted of the prompt's own positions. Position 0 has no context, so it never has any."""
+
+    logprobs_from: int | None = None
+    """Position from which on logprobs of the prompt's tokens are wanted; None: of none."""
+    num_alternatives: int = 0
+    """Likeliest tokens, at the same positions."""
+    targets: tuple[tuple[int, ...], ...] = ()
+    """Ids to score: row i at position i + 1; -1 asks for nothing. Empty, or one row per position."""
+    draws: PromptDraws | None = None
+    """At every position after the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One sequence to continue.
 
@@ -69,13 +93,13 @@ class SequenceRequest:
     stop_token_ids: frozenset[int] = frozenset()
     stop: StopCondition | None = None
     num_alternatives: int = 0
-    score_from: int | None = None
-    """Position of the prompt from which on logprobs of its own tokens are wanted."""
+    """Likeliest tokens, at the sampled positions."""
+    scoring: PromptScoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServedWeights:
-    """What the engine computes with at one moment."""
+    """What a sequence is computed with. Equal ones are the same weights: the digest says so."""
 
     identity: Identity | None
     """None is the base model."""
@@ -94,6 +118,10 @@ class WeightSet:
     kind: CheckpointKind
     tensors: Mapping[str, RawTensor] = field(repr=False)
     lora: LoraManifest | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +147,12 @@ class Prefilled:
     """Clock.monotonic() when its first token was there."""
     num_cached_tokens: int
     logprobs: list[float]
-    """Of prompt tokens `score_from`, …; the first token of a prompt has none and counts 0."""
+    """Of prompt tokens `logprobs_from`, …; the first token of a prompt has none and counts 0."""
     alternatives: list[Alternatives]
+    target_logprobs: list[list[float]] = field(default_factory=list)
+    """As the targets; 0 where nothing was asked."""
+    draws: list[Alternatives] = field(default_factory=list)
+    """Per position after the first, in the order drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,15 +208,28 @@ class Swapped:
 
 
 class InferenceEngine(Protocol):
+    """Serves one set of full weights at a time, and any number of adapters on the base model beside it:
+    a running batch mixes rows of all of them. Adapters rest while other weights than the base serve.
+    """
+
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def max_context_length(self) -> int: ...
 
-    def submit(self, sequences: Sequence[SequenceRequest], listener: Listener) -> Ticket:
+    def submit(
+        self,
+        sequences: Sequence[SequenceRequest],
+        listener: Listener,
+        *,
+        weights: ServedWeights | None = None,
+    ) -> Ticket:
         """One generation of one or more sequences, all under the same weights.
 
+        `weights`: these and no others, an adapter that is held or the full weights that serve; the
+        generation fails with WeightsMismatch when they cannot be had at its admission. None: the full
+        weights that serve then.
         Raises Overloaded when too many wait, Unavailable when the engine is closed or broken.
         """
         ...
@@ -200,6 +245,21 @@ class InferenceEngine(Protocol):
         raises HotLoadFailed when the drain takes too long, DigestMismatch or InvalidArgument when the
         weights are not what they should be: then the old ones serve on, untouched or restored.
         """
+        ...
+
+    def hold_adapter(self, adapter: ServedWeights) -> bool:
+        """Keeps a resident adapter from being evicted, until as many releases; False: it is not here."""
+        ...
+
+    def load_adapter(self, weights: WeightSet) -> Future[None]:
+        """Makes an adapter resident and holds it once. Evicts the longest idle ones, and waits while
+        all are held. The future raises DigestMismatch when what is then in memory has another digest,
+        InvalidArgument when it does not fit the base model or the memory for adapters.
+        """
+        ...
+
+    def release_adapter(self, adapter: ServedWeights) -> None:
+        """Undoes one hold."""
         ...
 
     def base_weights(self) -> WeightSet:

@@ -12,17 +12,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from homefire.foundation.clock import Clock
-from homefire.inference.engine.network import Network, PrefillRow, PromptScore
+from homefire.inference.engine.adapter_loads import AdapterLoads
+from homefire.inference.engine.adapter_table import AdapterLimits
+from homefire.inference.engine.network import Adapter, Network, PrefillRow, PromptScore
+from homefire.inference.engine.prompt_rows import shared_rows
 from homefire.inference.engine.protocol import (
     Failed,
     Listener,
     Prefilled,
     SequenceRequest,
+    ServedWeights,
     Started,
     Swapped,
     Update,
@@ -39,6 +43,7 @@ from homefire.wire.errors import (
     HomefireError,
     HotLoadFailed,
     UserError,
+    WeightsMismatch,
 )
 
 
@@ -51,6 +56,7 @@ class SchedulerLimits:
     delivery_interval_s: float = 0.05
     """Tokens are handed over together, if none has to wait longer than this: one at a time, 64 streams
     at 2 ms a step would be 32,000 chunks a second."""
+    adapters: AdapterLimits = field(default_factory=AdapterLimits)
 
 
 @dataclass
@@ -73,10 +79,13 @@ class Scheduler:
         self._limits = limits
         self._clock = clock
         self._serving = weights
+        self.adapters = AdapterLoads(network, limits.adapters)
         self._waiting: deque[Sequence] = deque()
         self._num_queued = 0
         self._running: list[Sequence] = []
         self._plan: SamplingPlan | None = None
+        self._row_adapters: tuple[Adapter, ...] = ()
+        """As the plan: of the running batch, the same object until the batch changes."""
         self._gate = SwapGate()
         self._swap: PendingSwap | None = None
         self._random = random.Random()
@@ -128,6 +137,7 @@ class Scheduler:
 
     def step(self) -> list[tuple[Listener, Update]]:
         """One prefill of what can be admitted, then one token for every running sequence."""
+        self.adapters.advance(self._adapters_in_use)
         if self._swap is not None:
             self._advance_swap(self._swap)
         if admitted := self._admit():
@@ -150,7 +160,8 @@ class Scheduler:
         return self._take_deliveries()
 
     def fail_all(self, error: HomefireError) -> list[tuple[Listener, Update]]:
-        """Ends every generation and the swap. Nothing runs afterwards."""
+        """Ends every generation, load and swap. Nothing runs afterwards."""
+        self.adapters.fail_all(error)
         self._fail((s.generation for s in (*self._running, *self._waiting)), error)
         self._running.clear()
         if self._swap is not None:
@@ -167,6 +178,9 @@ class Scheduler:
             sequence = self._next_admissible()
             if sequence is None:
                 break
+            if not self._has_weights_for(sequence.generation):
+                self._fail([sequence.generation], self._not_served(sequence.generation))
+                continue
             tokens += len(sequence.request.prompt)
             if admitted and tokens > self._limits.prefill_tokens:
                 break
@@ -187,8 +201,23 @@ class Scheduler:
         head = self._waiting[0]
         return None if self._gate.is_closed and head.generation.weights is None else head
 
+    def _has_weights_for(self, generation: Generation) -> bool:
+        wanted, serving = generation.wanted, self._serving.served
+        if generation.weights is not None or wanted is None or wanted == serving:
+            return True
+        return serving.identity is None and wanted in self.adapters.table
+
+    def _not_served(self, generation: Generation) -> WeightsMismatch:
+        wanted = generation.wanted or self._serving.served
+        return WeightsMismatch(
+            f"{wanted.name!r} was asked for, {self._serving.served.name!r} is served",
+            hint="an adapter must be held, and only the base model serves with adapters",
+        )
+
     def _start(self, generation: Generation, now: float) -> None:
-        generation.weights = self._serving.served
+        serving, wanted = self._serving.served, generation.wanted
+        generation.weights = wanted or serving
+        generation.adapter = None if generation.weights == serving else wanted
         self._num_queued -= 1
         swap_wait_s = self._gate.closed_between(generation.arrived_at, now)
         queue_s = max(0.0, now - generation.arrived_at - swap_wait_s)
@@ -199,7 +228,7 @@ class Scheduler:
 
     def _prefill(self, admitted: list[Sequence]) -> None:
         first_slot = len(self._running) - len(admitted)
-        rows = _shared_rows(admitted, first_slot)
+        rows = shared_rows(admitted, first_slot)
         result = self._network.prefill(rows, _plan_for(admitted), _uniforms(admitted))
         self._note_prefilled(rows, result.scores)
         for row, sequence in enumerate(admitted):
@@ -216,15 +245,24 @@ class Scheduler:
             for slot in row.slots:
                 sequence = self._running[slot]
                 num_cached = 0 if slot == row.slots[0] else len(row.tokens)
+                wanted = score if sequence.request.scoring is not None else PromptScore()
                 sequence.prefilled = Prefilled(
-                    sequence.index, now, num_cached, score.logprobs, score.alternatives
+                    sequence.index,
+                    now,
+                    num_cached,
+                    wanted.logprobs,
+                    wanted.alternatives,
+                    wanted.target_logprobs,
+                    wanted.draws,
                 )
 
     def _decode(self) -> None:
         if self._plan is None:
             self._plan = _plan_for(self._running)
+            self._row_adapters = tuple(s.generation.adapter for s in self._running)
         tokens = [sequence.last_token for sequence in self._running]
-        draws = self._network.decode(tokens, self._plan, _uniforms(self._running))
+        uniforms = _uniforms(self._running)
+        draws = self._network.decode(tokens, self._plan, uniforms, self._row_adapters)
         for row, sequence in enumerate(self._running):
             sequence.accept(draws, row)
         self._hand_over(list(self._running))
@@ -294,6 +332,10 @@ class Scheduler:
                 hint="restart the replica",
             )
 
+    def _adapters_in_use(self) -> frozenset[ServedWeights]:
+        begun = (sequence.generation.adapter for sequence in (*self._running, *self._waiting))
+        return frozenset(adapter for adapter in begun if adapter is not None)
+
     def _finish_swap(self, swap: PendingSwap, result: Swapped | HomefireError) -> None:
         self._swap = None
         self._gate.open(self._clock.monotonic())
@@ -319,21 +361,6 @@ class Scheduler:
     def _take_deliveries(self) -> list[tuple[Listener, Update]]:
         deliveries, self._deliveries = self._deliveries, []
         return deliveries
-
-
-def _shared_rows(admitted: list[Sequence], first_slot: int) -> list[PrefillRow]:
-    """Equal prompts become one row: a group of n samples is prefilled once. Short rows first, so that
-    neighbours of equal length run as one batched attention."""
-    slots: dict[tuple[tuple[int, ...], int | None, int], list[int]] = {}
-    for slot, sequence in enumerate(admitted, start=first_slot):
-        request = sequence.request
-        scored = request.num_alternatives if request.score_from is not None else 0
-        slots.setdefault((request.prompt, request.score_from, scored), []).append(slot)
-    rows = [
-        PrefillRow(prompt, tuple(row_slots), score_from, num_alternatives)
-        for (prompt, score_from, num_alternatives), row_slots in slots.items()
-    ]
-    return sorted(rows, key=lambda row: len(row.tokens))
 
 
 def _mismatch(weights: WeightSet, found: str) -> DigestMismatch:

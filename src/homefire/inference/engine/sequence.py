@@ -26,8 +26,12 @@ class Generation(Ticket):
 
     listener: Listener
     arrived_at: float
+    wanted: ServedWeights | None = None
+    """These weights and no others; None: those that serve at admission."""
     weights: ServedWeights | None = None
     """Fixed when the first sequence is admitted."""
+    adapter: ServedWeights | None = None
+    """The same, when they are an adapter's."""
     started: Started | None = None
     """Not told yet."""
     has_ended: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from homefire.inference.engine.protocol import Sampling, SequenceRequest
+from homefire.inference.engine.protocol import PromptScoring, Sampling, SequenceRequest
 from homefire.inference.replica.stop_text import StopOnText
 from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.inference.replica.transcript import LogprobStyle, Transcript
@@ -90,7 +90,9 @@ class Order:
             stop_token_ids=self.stop_token_ids,
             stop=StopOnText(tokenizer, self.stops, after=prompt) if self.stops else None,
             num_alternatives=self.num_alternatives,
-            score_from=len(prompt) - len(self.echoed(choice)) if wants_scores else None,
+            scoring=PromptScoring(len(prompt) - len(self.echoed(choice)), self.num_alternatives)
+            if wants_scores
+            else None,
         )
 
 

@@ -43,10 +43,10 @@ class Held(BigramNetwork):
         self.let = threading.Event()
         self.entered = threading.Event()
 
-    def decode(self, tokens: Any, plan: Any, uniforms: Any) -> Any:
+    def decode(self, tokens: Any, plan: Any, uniforms: Any, adapters: Any) -> Any:
         self.entered.set()
         assert self.let.wait(TIMEOUT_S)
-        return super().decode(tokens, plan, uniforms)
+        return super().decode(tokens, plan, uniforms, adapters)
 
 
 class Broken(BigramNetwork):

@@ -10,6 +10,7 @@ from homefire.inference.engine.network import PrefillRow
 from homefire.inference.engine.protocol import (
     Failed,
     Prefilled,
+    PromptScoring,
     Sampled,
     Sampling,
     SequenceRequest,
@@ -47,12 +48,12 @@ class Spy(BigramNetwork):
         self.prefills.append(list(rows))
         return super().prefill(rows, plan, uniforms)
 
-    def decode(self, tokens: Any, plan: Any, uniforms: Any) -> Any:
+    def decode(self, tokens: Any, plan: Any, uniforms: Any, adapters: Any) -> Any:
         if self.break_next:
             self.break_next = False
             raise MemoryError("out of memory")
         self.decodes.append(len(tokens))
-        return super().decode(tokens, plan, uniforms)
+        return super().decode(tokens, plan, uniforms, adapters)
 
     def move(self, *, source: int, destination: int) -> None:
         self.moves.append((source, destination))
@@ -135,7 +136,7 @@ def test_prefill_keeps_to_its_token_budget_but_takes_one_long_prompt(
 
 def test_nothing_is_generated_when_nothing_is_asked(make_bench: Any) -> None:
     bench = make_bench()
-    _, recorder = bench.submit(request(1, 2, 3, new=0, score_from=0))
+    _, recorder = bench.submit(request(1, 2, 3, new=0, scoring=PromptScoring(0)))
     bench.run()
     assert recorder.of(Prefilled)[0].logprobs[0] == 0.0
     assert len(recorder.of(Prefilled)[0].logprobs) == 3

@@ -142,7 +142,8 @@ def test_choices_of_a_seeded_request_draw_differently_and_the_first_as_if_alone(
 
 def test_only_echoed_tokens_are_scored(order: Any, tokenizer: ModelTokenizer) -> None:
     def scored_from(**fields: Any) -> int | None:
-        return order(**fields).sequences(tokenizer, LIMITS)[0].score_from
+        scoring = order(**fields).sequences(tokenizer, LIMITS)[0].scoring
+        return scoring and scoring.logprobs_from
 
     assert scored_from(echo=True) is None
     assert scored_from(logprobs=True) is None

@@ -33,7 +33,7 @@ class FinishReason(StrEnum):
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool = False
-    """Accepted; the final chunk always carries usage."""
+    """Usage comes in a chunk of its own, without choices; else with the final choice."""
 
 
 class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,12 +49,16 @@ class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """0 and -1 mean no truncation."""
     min_p: float | None = None
     n: int | None = None
+    best_of: int | None = None
+    """Must be `n`: every choice is returned."""
     seed: int | None = None
     stop: str | list[str | int] | None = None
     """Strings, or token ids."""
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    stream: bool = False
+    ignore_eos: bool | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt given as text. Null: yes for a completion, no for a chat, whose template has them."""
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
@@ -63,6 +67,8 @@ class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """Only the last so many tokens of the prompt are echoed."""
     raw_output: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Logprobs call tokens `token_id:53` instead of by their text, which two tokens may share."""
     perf_metrics_in_response: bool | None = None
     user: str | None = None
     """A hint for the gateway's routing; no effect in a replica. So is the next."""
@@ -76,35 +82,119 @@ class CompletionRequest(_Sampled, frozen=True, kw_only=True):
     """Text, token ids, or several of one kind: each of several prompts gets its own choices."""
 
 
-class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
+ChatMessage = dict[str, Any]
+"""`role`, `content`, and whatever else the model's template may read, e.g. `tool_calls`."""
 
 
 class ChatCompletionRequest(_Sampled, frozen=True, kw_only=True):
     messages: list[ChatMessage]
+    tools: list[dict[str, Any]] | None = None
+    """Given to the template. Calls stay in the text of the answer: they are not parsed."""
+    tool_choice: str | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the template, e.g. `{"enable_thinking": false}`."""
+    reasoning_effort: str | None = None
+    """One such variable."""
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's tokens in, tokens out: `{"model", "token_ids", "sampling_params": {"max_tokens": 6}}`."""
+
+    model: str = ""
+    token_ids: list[int]
+    sampling_params: dict[str, Any] = {}
+    """The same names as in a completion. `logprobs` counts alternatives."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    """Accepted; the ids always come back."""
+    cache_salt: str | None = None
+    """Accepted; a hint. So is the next."""
+    priority: int | None = None
+
+
+_NO_TEXT_IN_GENERATE = frozenset({"skip_special_tokens", "detokenize"})
+"""Of `sampling_params`: they shape text, and there is none."""
+_NO_EXPERTS_IN_GENERATE = frozenset({"routed_experts_prompt_start"})
+"""Where routing would begin to be returned; none is."""
+
+
+def as_completion(request: GenerateRequest) -> dict[str, Any]:
+    """The completion request that means the same: its tokens named by id, with their logprobs."""
+    params = {
+        name: value
+        for name, value in request.sampling_params.items()
+        if name not in _NO_TEXT_IN_GENERATE | _NO_EXPERTS_IN_GENERATE
+    }
+    num_alternatives = params.pop("logprobs", None)
+    return {
+        **params,
+        "model": request.model,
+        "prompt": request.token_ids,
+        "logprobs": num_alternatives is not None,
+        "top_logprobs": num_alternatives,
+        "stream": request.stream,
+        "stream_options": request.stream_options,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }
 
 
 REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    # What is drawn.
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "min_tokens": (0,),
+    "typical_p": (1,),
+    "mirostat_target": (),
+    "use_beam_search": (False,),
+    "logits_processors": ([],),
+    "thinking_token_budget": (),
+    # What shape it must have.
     "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "grammar": (),
+    # What is asked.
+    "suffix": ("",),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
+    "documents": ([],),
+    "chat_template": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "truncate_prompt_tokens": (),
+    "prompt_truncate_len": (),
+    "prompt_embeds": (),
     "images": ([],),
+    "features": (),
+    "content_parts": ([],),
+    "audio": (),
+    "modalities": (["text"],),
+    "web_search_options": (),
+    "context_length_exceeded_behavior": ("truncate",),
+    # What comes back.
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": (),
     "include_routing_matrix": (False,),
     "sampling_mask": (False,),
     "top_sampling_logprobs": (0,),
-    "mirostat_target": (),
-    "grammar": (),
 }
-"""Fields that would change the answer and that this version cannot honour: refused by name unless
-null or one of these values, which mean "off". Every other unknown field is ignored and named."""
+"""Fields that would change the answer and that this version cannot honour, of a request that does not
+have them: refused by name unless null or one of these values, which mean "off". Every other unknown
+field is ignored and named."""
 
 
 def unknown_fields(body: bytes, kind: type[msgspec.Struct]) -> list[str]:
@@ -248,6 +338,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    """Where vLLM has them: all choices of a chat have one prompt."""
     usage: Usage | UnsetType = UNSET
     perf_metrics: PerfMetrics | UnsetType = UNSET
     homefire: HomefireInfo | UnsetType = UNSET
@@ -275,8 +367,27 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     choices: list[ChatChunkChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
     usage: Usage | UnsetType = UNSET
     perf_metrics: PerfMetrics | UnsetType = UNSET
+    homefire: HomefireInfo | UnsetType = UNSET
+
+
+class GeneratedChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    token_ids: list[int]
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a GenerateRequest, in vLLM's shape; a chunk of it in a stream."""
+
+    request_id: str
+    model: str
+    choices: list[GeneratedChoice]
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    usage: Usage | UnsetType = UNSET
     homefire: HomefireInfo | UnsetType = UNSET
 
 

@@ -118,13 +118,18 @@ class Answer:
             for choice in choices
             if not (piece := self._transcripts[choice].take()).is_empty
         ]
-        is_over = self._num_open == 0
-        chunks = [
-            _event(self._answers.chunk(self._envelope, part, closing))
-            for i, part in enumerate(parts)
-            for closing in [self._closing() if is_over and i == len(parts) - 1 else None]
-        ]
-        return b"".join([*chunks, _DONE] if is_over else chunks)
+        if self._num_open:
+            return b"".join(self._event(part) for part in parts)
+        return b"".join([*self._last_events(parts), _DONE])
+
+    def _last_events(self, parts: list[ChoicePart]) -> list[bytes]:
+        """What only the end can tell comes with the last part, or alone where that was asked."""
+        if self._order.has_usage_apart:
+            return [*map(self._event, parts), self._event(None, self._closing())]
+        return [*map(self._event, parts[:-1]), self._event(parts[-1], self._closing())]
+
+    def _event(self, part: ChoicePart | None, closing: Closing | None = None) -> bytes:
+        return _event(self._answers.chunk(self._envelope, part, closing))
 
     def _part(self, choice: int, piece: Piece) -> ChoicePart:
         order, ids = self._order, self._order.wants_token_ids

@@ -18,6 +18,8 @@ from homefire.wire.completions import (
     ChatDelta,
     Completion,
     CompletionChoice,
+    Generated,
+    GeneratedChoice,
     HomefireInfo,
     PerfMetrics,
     RawOutput,
@@ -62,8 +64,10 @@ class AnswerFormat(Protocol):
     ) -> msgspec.Struct: ...
 
     def chunk(
-        self, envelope: Envelope, part: ChoicePart, closing: Closing | None
-    ) -> msgspec.Struct: ...
+        self, envelope: Envelope, part: ChoicePart | None, closing: Closing | None
+    ) -> msgspec.Struct:
+        """Of a stream. `closing` is in the last one, which may have no part of a choice."""
+        ...
 
 
 class CompletionFormat:
@@ -72,8 +76,10 @@ class CompletionFormat:
     def whole(self, envelope: Envelope, parts: list[ChoicePart], closing: Closing) -> Completion:
         return self._answer(envelope, parts, closing)
 
-    def chunk(self, envelope: Envelope, part: ChoicePart, closing: Closing | None) -> Completion:
-        return self._answer(envelope, [part], closing)
+    def chunk(
+        self, envelope: Envelope, part: ChoicePart | None, closing: Closing | None
+    ) -> Completion:
+        return self._answer(envelope, [] if part is None else [part], closing)
 
     def _answer(
         self, envelope: Envelope, parts: list[ChoicePart], closing: Closing | None
@@ -100,23 +106,60 @@ class ChatFormat:
             created=envelope.created,
             model=envelope.model,
             choices=[_chat_choice(part) for part in parts],
+            prompt_token_ids=parts[0].prompt_token_ids,
             usage=closing.usage,
             perf_metrics=closing.perf_metrics,
             homefire=closing.homefire,
         )
 
     def chunk(
-        self, envelope: Envelope, part: ChoicePart, closing: Closing | None
+        self, envelope: Envelope, part: ChoicePart | None, closing: Closing | None
     ) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=envelope.id,
             created=envelope.created,
             model=envelope.model,
-            choices=[_chat_chunk_choice(part)],
+            choices=[] if part is None else [_chat_chunk_choice(part)],
+            prompt_token_ids=UNSET if part is None else part.prompt_token_ids,
             usage=closing.usage if closing else UNSET,
             perf_metrics=closing.perf_metrics if closing else UNSET,
             homefire=closing.homefire if closing else UNSET,
         )
+
+
+class GenerateFormat:
+    """Tokens only."""
+
+    id_prefix = ""
+
+    def whole(self, envelope: Envelope, parts: list[ChoicePart], closing: Closing) -> Generated:
+        return self._answer(envelope, parts, closing)
+
+    def chunk(
+        self, envelope: Envelope, part: ChoicePart | None, closing: Closing | None
+    ) -> Generated:
+        return self._answer(envelope, [] if part is None else [part], closing)
+
+    def _answer(
+        self, envelope: Envelope, parts: list[ChoicePart], closing: Closing | None
+    ) -> Generated:
+        return Generated(
+            request_id=envelope.id,
+            model=envelope.model,
+            choices=[_generated_choice(part) for part in parts],
+            prompt_token_ids=parts[0].prompt_token_ids if parts else UNSET,
+            usage=closing.usage if closing else UNSET,
+            homefire=closing.homefire if closing else UNSET,
+        )
+
+
+def _generated_choice(part: ChoicePart) -> GeneratedChoice:
+    return GeneratedChoice(
+        index=part.index,
+        token_ids=part.piece.tokens,
+        logprobs=part.piece.logprobs,
+        finish_reason=part.piece.finish,
+    )
 
 
 def _completion_choice(part: ChoicePart) -> CompletionChoice:

@@ -46,6 +46,7 @@ def replica_app(replica: Replica) -> ASGIApp:
     routes = [
         *_routes("/completions", completions.completions),
         *_routes("/chat/completions", completions.chat_completions),
+        Route("/inference/v1/generate", completions.generate, methods=["POST"]),
         Route("/internal/health", health),
         Route("/internal/status", status),
         Route("/internal/hot_load", hot_load, methods=["POST"]),

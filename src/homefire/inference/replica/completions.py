@@ -1,10 +1,11 @@
-"""The two completion routes: check, submit, wait for the admission, answer whole or as a stream."""
+"""The completion routes: check, submit, wait for the admission, answer whole or as a stream."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +18,9 @@ from homefire.inference.replica.answers import (
     ChatFormat,
     CompletionFormat,
     Envelope,
+    GenerateFormat,
 )
+from homefire.inference.replica.chat import render_chat
 from homefire.inference.replica.chat_template import refuse_without_template
 from homefire.inference.replica.event_stream import EventStream
 from homefire.inference.replica.order import Order, order_chat, order_completion
@@ -27,6 +30,8 @@ from homefire.wire.completions import (
     IGNORED_HEADER,
     ChatCompletionRequest,
     CompletionRequest,
+    GenerateRequest,
+    as_completion,
     unknown_fields,
 )
 from homefire.wire.errors import Unavailable
@@ -34,11 +39,11 @@ from homefire.wire.internal import WEIGHTS_HEADER
 from homefire.wire.manifest import weights_header
 
 MAX_COMPLETION_BODY_BYTES = 64 << 20
-Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest)
+Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest, GenerateRequest)
 
 
 class CompletionRoutes:
-    """`POST /inference/v1/completions` and `…/chat/completions` of one replica."""
+    """`POST …/completions`, `…/chat/completions` and `…/generate` of one replica."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -53,9 +58,18 @@ class CompletionRoutes:
         template = self._replica.template
         if template is None:
             raise refuse_without_template(self._replica.spec.model_dir)
-        text = template.render(asked.messages)
+        text, unread = render_chat(asked, template)
         order = order_chat(asked, text, self._replica.tokenizer, self._replica.limits)
-        return await self._answer(request, order, asked.model, ignored, ChatFormat())
+        return await self._answer(request, order, asked.model, ignored + unread, ChatFormat())
+
+    async def generate(self, request: Request) -> Response:
+        generate, ignored = await _read(request, GenerateRequest)
+        body = msgspec.json.encode(as_completion(generate))
+        asked, also_ignored = await _decode(body, CompletionRequest)
+        order = order_completion(asked, self._replica.tokenizer, self._replica.limits)
+        return await self._answer(
+            request, order, asked.model, ignored + also_ignored, GenerateFormat()
+        )
 
     async def _answer(
         self,
@@ -123,7 +137,11 @@ class LiveGeneration:
 
 
 async def _read(request: Request, kind: type[Asked]) -> tuple[Asked, list[str]]:
-    body = await read_body(request, max_bytes=MAX_COMPLETION_BODY_BYTES)
+    """The request, and the fields of it that are ignored."""
+    return await _decode(await read_body(request, max_bytes=MAX_COMPLETION_BODY_BYTES), kind)
+
+
+async def _decode(body: bytes, kind: type[Asked]) -> tuple[Asked, list[str]]:
     asked = await decode_json(body, kind)
     return asked, unknown_fields(body, kind)
 

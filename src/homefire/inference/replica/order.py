@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from homefire.inference.engine.protocol import PromptScoring, Sampling, SequenceRequest
 from homefire.inference.replica.stop_text import StopOnText
-from homefire.inference.replica.tokenizer import ModelTokenizer
+from homefire.inference.replica.tokenizer import ModelTokenizer, token_id_name
 from homefire.inference.replica.transcript import LogprobStyle, Transcript
 from homefire.wire.completions import ChatCompletionRequest, CompletionRequest
-from homefire.wire.errors import InvalidArgument, SequenceTooLong, TokenOutOfRange
+from homefire.wire.errors import InvalidArgument, SequenceTooLong, TokenOutOfRange, Unsupported
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's for completions; a chat may fill the context."""
@@ -50,6 +50,9 @@ class Order:
     is_streamed: bool
     wants_raw_output: bool
     wants_token_ids: bool
+    names_tokens_by_id: bool
+    has_usage_apart: bool
+    """In a stream: usage in a chunk of its own."""
     wants_perf_metrics: bool
 
     @property
@@ -75,7 +78,14 @@ class Order:
             stops=self.stops,
             stop_token_ids=self.stop_token_ids,
             style=self.style,
+            name_of=self._token_names(tokenizer),
         )
+
+    def _token_names(self, tokenizer: ModelTokenizer) -> Callable[[int], str]:
+        """How logprobs call a token."""
+        if self.names_tokens_by_id:
+            return token_id_name
+        return tokenizer.token_name if self.style is LogprobStyle.LEGACY else tokenizer.token_text
 
     def _sequence(
         self, choice: int, tokenizer: ModelTokenizer, limits: ModelLimits
@@ -99,7 +109,8 @@ class Order:
 def order_completion(
     request: CompletionRequest, tokenizer: ModelTokenizer, limits: ModelLimits
 ) -> Order:
-    prompts = prompt_tokens(request.prompt, tokenizer)
+    special = request.add_special_tokens is not False
+    prompts = prompt_tokens(request.prompt, tokenizer, add_special_tokens=special)
     return _order(request, prompts, tokenizer, limits, default_max_tokens=DEFAULT_MAX_TOKENS)
 
 
@@ -107,16 +118,19 @@ def order_chat(
     request: ChatCompletionRequest, text: str, tokenizer: ModelTokenizer, limits: ModelLimits
 ) -> Order:
     """`text` is the rendered chat, which holds its special tokens already."""
-    prompts = [tokenizer.encode(text, add_special_tokens=False)]
+    prompts = [tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens))]
     return _order(request, prompts, tokenizer, limits, default_max_tokens=limits.max_context_length)
 
 
 def prompt_tokens(
-    prompt: str | Sequence[int | str | list[int]], tokenizer: ModelTokenizer
+    prompt: str | Sequence[int | str | list[int]],
+    tokenizer: ModelTokenizer,
+    *,
+    add_special_tokens: bool,
 ) -> list[list[int]]:
     """One list of ids per prompt, whichever of the four forms it came in."""
     if isinstance(prompt, str):
-        return [tokenizer.encode(prompt, add_special_tokens=True)]
+        return [tokenizer.encode(prompt, add_special_tokens=add_special_tokens)]
     ids = [item for item in prompt if isinstance(item, int)]
     if ids and len(ids) == len(prompt):
         return [ids]
@@ -127,7 +141,9 @@ def prompt_tokens(
             field="prompt",
         )
     return [
-        tokenizer.encode(item, add_special_tokens=True) if isinstance(item, str) else item
+        tokenizer.encode(item, add_special_tokens=add_special_tokens)
+        if isinstance(item, str)
+        else item
         for item in prompt
         if not isinstance(item, int)
     ]
@@ -142,10 +158,11 @@ def _order(
     default_max_tokens: int,
 ) -> Order:
     n = _within("n", request.n, 1, 1, MAX_CHOICES)
+    _check_best_of(request.best_of, n)
     max_tokens = _max_tokens(request, default_max_tokens)
     _check_prompts(prompts, n, limits, needs_room=max_tokens > 0)
     style, num_alternatives = _logprobs(request)
-    stops, stop_token_ids = _stops(request, limits)
+    stops, stop_token_ids = _stops(request, tokenizer, limits)
     return Order(
         prompts=prompts,
         n=n,
@@ -158,15 +175,38 @@ def _order(
         style=style,
         num_alternatives=num_alternatives,
         num_echoed=_num_echoed(request, prompts),
-        is_streamed=request.stream,
+        is_streamed=bool(request.stream),
         wants_raw_output=bool(request.raw_output),
         wants_token_ids=bool(request.return_token_ids),
+        names_tokens_by_id=bool(request.return_tokens_as_token_ids),
+        has_usage_apart=request.stream_options is not None and request.stream_options.include_usage,
         wants_perf_metrics=bool(request.perf_metrics_in_response),
     )
 
 
+def _check_best_of(best_of: int | None, n: int) -> None:
+    if best_of is None or best_of == n:
+        return
+    if best_of < n:
+        raise InvalidArgument(
+            f"best_of is {best_of} and n is {n}", hint="leave best_of out", field="best_of"
+        )
+    raise Unsupported(
+        f"best_of {best_of} of n {n}: choosing among choices is not supported by this version",
+        hint="ask for n choices with logprobs, and choose",
+        field="best_of",
+    )
+
+
 def _max_tokens(request: CompletionRequest | ChatCompletionRequest, default: int) -> int:
-    given = request.max_tokens if request.max_tokens is not None else request.max_completion_tokens
+    given, newer = request.max_tokens, request.max_completion_tokens
+    if given is not None and newer is not None and given != newer:
+        raise InvalidArgument(
+            f"max_tokens is {given} and max_completion_tokens is {newer}",
+            hint="they mean the same; send one",
+            field="max_completion_tokens",
+        )
+    given = newer if given is None else given
     if given is not None and given < 0:
         raise InvalidArgument(f"max_tokens is {given}", hint="use 0 or more", field="max_tokens")
     return default if given is None else given
@@ -221,8 +261,11 @@ def _logprobs(request: CompletionRequest | ChatCompletionRequest) -> tuple[Logpr
 
 
 def _stops(
-    request: CompletionRequest | ChatCompletionRequest, limits: ModelLimits
+    request: CompletionRequest | ChatCompletionRequest,
+    tokenizer: ModelTokenizer,
+    limits: ModelLimits,
 ) -> tuple[tuple[str, ...], frozenset[int]]:
+    """A special token has no text to be found in, so its name in `stop` is its id."""
     given = [request.stop] if isinstance(request.stop, str) else request.stop or []
     texts = tuple(item for item in given if isinstance(item, str))
     ids = [item for item in given if isinstance(item, int)] + (request.stop_token_ids or [])
@@ -233,7 +276,8 @@ def _stops(
             hint=f"send up to {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters",
             field="stop",
         )
-    return texts, frozenset(ids)
+    special = {text: found for text in texts if (found := tokenizer.special_id(text)) is not None}
+    return tuple(t for t in texts if t not in special), frozenset([*ids, *special.values()])
 
 
 def _sampling(request: CompletionRequest | ChatCompletionRequest) -> Sampling:

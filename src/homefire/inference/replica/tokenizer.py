@@ -26,11 +26,12 @@ class ModelTokenizer:
         self._tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._special = frozenset(
-            token_id
+        self._special_ids = {
+            token.content: token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
-        )
+        }
+        self._special = frozenset(self._special_ids.values())
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -53,6 +54,10 @@ class ModelTokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special
 
+    def special_id(self, text: str) -> int | None:
+        """Of the special token that is written so."""
+        return self._special_ids.get(text)
+
     def token_bytes(self, token: int) -> bytes:
         """What the token stands for by itself, special tokens by name; empty for a padding id."""
         found = self._bytes.get(token)
@@ -64,6 +69,17 @@ class ModelTokenizer:
         """The same as text; a part of a character shows as U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def token_name(self, token: int) -> str:
+        """The same where it is text, else its bytes as OpenAI writes them: `bytes:\\xe2\\x80`.
+
+        Tokens with different bytes have different names, so that they can be keys.
+        """
+        spelled = self.token_bytes(token)
+        try:
+            return spelled.decode() or token_id_name(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
     def _spell(self, token: int) -> bytes:
         piece = self._tokenizer.id_to_token(token) or ""
         if self.is_byte_level:
@@ -71,6 +87,11 @@ class ModelTokenizer:
         if match := _BYTE_TOKEN.match(piece):
             return bytes.fromhex(match[1])
         return piece.replace(_WORD_MARK, " ").encode()
+
+
+def token_id_name(token: int) -> str:
+    """vLLM's name of a token by its id."""
+    return f"token_id:{token}"
 
 
 def _byte_level(piece: str) -> bytes:

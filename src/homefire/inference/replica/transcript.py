@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -64,8 +64,11 @@ class Transcript:
         stops: Sequence[str] = (),
         stop_token_ids: frozenset[int] = frozenset(),
         style: LogprobStyle = LogprobStyle.NONE,
+        name_of: Callable[[int], str] | None = None,
     ) -> None:
+        """`name_of`: what logprobs call a token; its text when there is none."""
         self._tokenizer = tokenizer
+        self._name_of = name_of or tokenizer.token_text
         self._detokenizer = detokenizer(tokenizer, after=after)
         self._stop_text = StopText(stops)
         self._stop_token_ids = stop_token_ids
@@ -157,30 +160,35 @@ class Transcript:
         return Logprobs(content=[self._content_entry(entry) for entry in scored])
 
     def _content_entry(self, entry: _Scored) -> TokenLogprob:
-        spelled = self._tokenizer.token_bytes(entry.token)
         return TokenLogprob(
-            token=spelled.decode("utf-8", "replace"),
+            token=self._name_of(entry.token),
             token_id=entry.token,
             logprob=entry.logprob or 0.0,
             sampling_logprob=entry.sampling_logprob,
-            bytes=list(spelled),
+            bytes=list(self._tokenizer.token_bytes(entry.token)),
             text_offset=entry.text_offset,
             top_logprobs=[self._top(*alternative) for alternative in entry.alternatives],
         )
 
     def _top(self, token: int, logprob: float) -> TopLogprob:
-        spelled = self._tokenizer.token_bytes(token)
-        return TopLogprob(spelled.decode("utf-8", "replace"), token, logprob, list(spelled))
+        spelled = list(self._tokenizer.token_bytes(token))
+        return TopLogprob(self._name_of(token), token, logprob, spelled)
 
     def _legacy(self, scored: list[_Scored]) -> Logprobs:
-        text = self._tokenizer.token_text
         return Logprobs(
-            tokens=[text(entry.token) for entry in scored],
+            tokens=[self._name_of(entry.token) for entry in scored],
             token_ids=[entry.token for entry in scored],
             token_logprobs=[entry.logprob for entry in scored],
-            top_logprobs=[
-                {text(token): logprob for token, logprob in entry.alternatives} or None
-                for entry in scored
-            ],
+            top_logprobs=[self._legacy_tops(entry) for entry in scored],
             text_offset=[entry.text_offset for entry in scored],
         )
+
+    def _legacy_tops(self, entry: _Scored) -> dict[str, float] | None:
+        """By name, likeliest first and the token itself last, as OpenAI does: of two tokens that
+        look the same the likelier stays."""
+        if entry.logprob is None or not entry.alternatives:
+            return None
+        tops: dict[str, float] = {}
+        for token, logprob in [*entry.alternatives, (entry.token, entry.logprob)]:
+            tops.setdefault(self._name_of(token), logprob)
+        return tops

@@ -131,6 +131,109 @@ async def test_an_integer_asks_for_the_older_logprobs(start_replica: Any) -> Non
     assert len(logprobs["tokens"]) == 3
 
 
+async def test_the_older_logprobs_know_the_likeliest_token_of_those_that_look_alike(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(0xE2))
+        answer = (await caller.complete(prompt=[97], max_tokens=1, logprobs=5, **GREEDY)).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    (tops,) = logprobs["top_logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe2"]
+    assert tops["bytes:\\xe2"] == max(tops.values()) == logprobs["token_logprobs"][0]
+    assert len(tops) == 5
+
+
+async def test_the_older_logprobs_have_the_sampled_token_even_when_it_is_not_likely(
+    start_replica: Any,
+) -> None:
+    async with start_replica() as caller:
+        answer = (
+            await caller.complete(prompt=[97], max_tokens=20, logprobs=1, temperature=50, seed=1)
+        ).json()
+    logprobs = answer["choices"][0]["logprobs"]
+    tops = logprobs["top_logprobs"]
+    assert {len(entry) for entry in tops} >= {2}
+    for name, logprob, entry in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True
+    ):
+        assert entry[name] == logprob
+
+
+@pytest.mark.parametrize("logprobs", [True, 2])
+async def test_tokens_may_be_named_by_their_ids(start_replica: Any, logprobs: Any) -> None:
+    async with start_replica() as caller:
+        fields = {"prompt": [97], "max_tokens": 3, "seed": 1, "return_token_ids": True}
+        answer = (
+            await caller.complete(
+                logprobs=logprobs, top_logprobs=2, return_tokens_as_token_ids=True, **fields
+            )
+        ).json()
+    choice = answer["choices"][0]
+    names = [f"token_id:{token}" for token in choice["token_ids"]]
+    if logprobs is True:
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == names
+        tops = [top for entry in choice["logprobs"]["content"] for top in entry["top_logprobs"]]
+        assert [top["token"] for top in tops] == [f"token_id:{top['token_id']}" for top in tops]
+    else:
+        assert choice["logprobs"]["tokens"] == names
+        assert all(name in tops for name, tops in zip(names, choice["logprobs"]["top_logprobs"], strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_usage_may_come_in_a_chunk_of_its_own(start_replica: Any, chat: bool) -> None:
+    async with start_replica() as caller:
+        fields = {"max_tokens": 4, "n": 2, "stream": True, "ignore_eos": True}
+        asked = {**fields, "stream_options": {"include_usage": True}}
+        if chat:
+            answered = await caller.chat(messages=[{"role": "user", "content": "hi"}], **asked)
+        else:
+            answered = await caller.complete(prompt=[1], **asked)
+    *parts, last = answered.events()
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 8
+    assert last["homefire"]["weights"]["identity"] == "base"
+    assert not any("usage" in part for part in parts)
+    assert all(part["choices"] for part in parts)
+
+
+async def test_tokens_in_tokens_out_answers_in_vllm_s_shape(start_replica: Any) -> None:
+    params = {"max_tokens": 5, "seed": 3, "logprobs": 1, "skip_special_tokens": False}
+    body = {"token_ids": [97, 98], "model": "d", "sampling_params": params, "zeta": 1}
+    async with start_replica() as caller:
+        answered = await caller.post("/inference/v1/generate", body)
+        same = await caller.complete(
+            prompt=[97, 98], max_tokens=5, seed=3, logprobs=True, return_token_ids=True
+        )
+        events = (await caller.post("/inference/v1/generate", {**body, "stream": True})).events()
+    generated, choice = answered.json(), answered.json()["choices"][0]
+    expected = same.json()["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert answered.headers["x-homefire-ignored"] == "zeta"
+    assert generated["request_id"] == answered.headers["x-request-id"]
+    assert generated["prompt_token_ids"] == [97, 98]
+    assert choice["token_ids"] == expected["token_ids"]
+    assert choice["finish_reason"] == "length"
+    assert [entry["token"] for entry in entries] == [f"token_id:{t}" for t in choice["token_ids"]]
+    assert [entry["logprob"] for entry in entries] == [
+        entry["logprob"] for entry in expected["logprobs"]["content"]
+    ]
+    streamed = [t for event in events for c in event["choices"] for t in c["token_ids"]]
+    assert streamed == choice["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("params", "code"), [({"min_tokens": 3}, "unsupported"), ({"n": 0}, "invalid_argument")]
+)
+async def test_tokens_in_tokens_out_refuses_what_completions_do(
+    start_replica: Any, params: Any, code: str
+) -> None:
+    async with start_replica() as caller:
+        body = {"token_ids": [1], "sampling_params": params}
+        answered = await caller.post("/inference/v1/generate", body)
+    assert (answered.status, answered.json()["error"]["code"]) == (400, code)
+
+
 async def test_echo_returns_the_prompt_with_its_logprobs(start_replica: Any) -> None:
     async with start_replica() as caller:
         answer = (
@@ -267,12 +370,15 @@ async def test_chat_has_openai_s_shapes(start_replica: Any, snapshots: Snapshots
             "logprobs": True,
             "top_logprobs": 1,
             "raw_output": True,
+            "return_token_ids": True,
         }
         whole = (await caller.chat(**fields)).json()
         events = (await caller.chat(stream=True, **fields)).events()
     choice = whole["choices"][0]
     assert whole["object"] == "chat.completion"
     assert choice["message"] == {"role": "assistant", "content": "AAAA"}
+    assert whole["prompt_token_ids"] == events[0]["prompt_token_ids"] == [104, 105, 257]
+    assert choice["token_ids"] == [65] * 4
     assert choice["raw_output"]["prompt_token_ids"] == [104, 105, 257]
     assert choice["logprobs"]["content"][0]["top_logprobs"][0]["token"] == "A"
     assert {event["object"] for event in events} == {"chat.completion.chunk"}

@@ -9,7 +9,7 @@ from homefire.inference.replica.order import ModelLimits, Order, order_chat, ord
 from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.inference.replica.transcript import LogprobStyle
 from homefire.wire.completions import ChatCompletionRequest, CompletionRequest
-from homefire.wire.errors import InvalidArgument, SequenceTooLong, TokenOutOfRange
+from homefire.wire.errors import InvalidArgument, SequenceTooLong, TokenOutOfRange, Unsupported
 
 LIMITS = ModelLimits(vocab_size=320, max_context_length=32)
 
@@ -49,6 +49,13 @@ def test_every_form_of_a_prompt_becomes_tokens(order: Any, prompt: Any, prompts:
         ({"prompt": [1] * 32}, SequenceTooLong, "prompt"),
         ({"prompt": [1] * 33, "max_tokens": 0}, SequenceTooLong, "prompt"),
         ({"max_tokens": -1}, InvalidArgument, "max_tokens"),
+        (
+            {"max_tokens": 1, "max_completion_tokens": 2},
+            InvalidArgument,
+            "max_completion_tokens",
+        ),
+        ({"best_of": 3, "n": 2}, Unsupported, "best_of"),
+        ({"best_of": 1, "n": 2}, InvalidArgument, "best_of"),
         ({"temperature": -0.1}, InvalidArgument, "temperature"),
         ({"top_p": 0}, InvalidArgument, "top_p"),
         ({"top_p": 1.5}, InvalidArgument, "top_p"),
@@ -150,3 +157,13 @@ def test_only_echoed_tokens_are_scored(order: Any, tokenizer: ModelTokenizer) ->
     assert scored_from(echo=True, logprobs=True) == 0
     assert scored_from(echo_last=2, logprobs=True) == 1
     assert scored_from(echo_last=99, logprobs=True) == 0
+
+
+def test_the_name_of_a_special_token_stops_at_that_token(order: Any) -> None:
+    asked = order(stop=["<|answer|>", "END"], ignore_eos=True)
+    assert asked.stops == ("END",)
+    assert asked.stop_token_ids == {257}
+
+
+def test_as_many_choices_as_wanted_are_the_best_of_themselves(order: Any) -> None:
+    assert order(best_of=2, n=2).num_choices == 2

@@ -105,6 +105,13 @@ def test_tokens_are_spelled_by_their_own_bytes(
     assert tokenizer.token_bytes(10**6) == b""
 
 
+def test_every_token_has_a_name_of_its_own(tokenizer: ModelTokenizer) -> None:
+    names = [tokenizer.token_name(token) for token in range(330)]
+    assert len(set(names)) == 330
+    assert names[0xE2] == "bytes:\\xe2"
+    assert (names[97], names[END_OF_TEXT], names[325]) == ("a", "<|endoftext|>", "token_id:325")
+
+
 def test_tiny_is_byte_level_and_knows_its_end(tokenizer: ModelTokenizer) -> None:
     assert isinstance(detokenizer(tokenizer), ByteLevelText)
     assert tokenizer.eos_token_ids == {END_OF_TEXT}

@@ -67,6 +67,12 @@ class FrontProcess:
         asked = {"session_id": session, "model_seq_id": 0, "base_model": "tiny"}
         return self.result(self.call("create_model", **asked)["request_id"])["model_id"]
 
+    def pooled_model(self, session: str) -> str:
+        """An adapter of rank 4 in a pool; any session will do."""
+        asked = {"session_id": session, "model_seq_id": 0, "base_model": "tiny"}
+        made = self.call("create_model", **asked, lora_config={"rank": 4})
+        return self.result(made["request_id"])["model_id"]
+
     def status(self, *, after: int | None = None) -> TrainerStatus:
         """With `after`, as soon as the version is another one."""
         query = "" if after is None else f"?after={after}&wait_s=20"

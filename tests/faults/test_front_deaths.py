@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from faults.front_process import FrontProcess, digest, submit_step, train
+from homefire.wire.specs import TrainerMode
 
 STEPS = 6
 END = 3 * STEPS + 1
@@ -158,3 +159,31 @@ def test_a_front_that_has_trained_holds_neither_torch_nor_transformers(start) ->
     code = "import sys, homefire.trainer.front.__main__; print({'torch', 'transformers'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+POOL = {"pooled": True, "mode": TrainerMode.LORA}
+SESSIONS = [f"ts-{n:016x}" for n in range(3)]
+
+
+def test_models_of_a_pool_that_take_turns_all_survive_the_deaths_of_engine_and_front(start) -> None:
+    """Each model's digest is the one that it has when it trains alone and nothing dies."""
+    alone = []
+    for session in SESSIONS:
+        quiet = start(**POOL)
+        model = quiet.pooled_model(session)
+        train(quiet, model, steps=range(STEPS))
+        alone.append(digest(quiet, model, seq=END))
+        quiet.close()
+    front = start(**POOL, failpoints="journal.before_applied=kill@7")
+    models = [front.pooled_model(session) for session in SESSIONS]
+    for step in range(STEPS):
+        waiting = [request for model in models for request in submit_step(front, model, step)]
+        if step == 2:
+            front.kill_engine()
+        if step == 4:
+            front.stop(signal.SIGKILL)
+        results = [front.result(request) for request in waiting]
+        assert [result["step"] for result in results if "step" in result] == [step + 1] * 3
+    assert [digest(front, model, seq=END) for model in models] == alone
+    assert front.status().error is None
+    assert front.num_starts == 3

@@ -127,6 +127,10 @@ class DirectoryStore:
         alive = [m for m in found if not m.has_expired(now)]
         return sorted(alive, key=lambda m: (m.created_at, m.step, m.identity))
 
+    def jobs(self, account: str) -> list[str]:
+        directory = self.root / check_name(account, field="account")
+        return sorted(entry.name for entry in directory.glob("*") if entry.is_dir())
+
     def loadable(self, key: CheckpointKey) -> Manifest:
         manifest = self.manifest(key)
         if manifest.has_expired(self._clock.now()):

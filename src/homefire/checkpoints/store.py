@@ -5,6 +5,7 @@
     manifest    what a checkpoint is
     directory   where its files are
     list        what a job has
+    jobs        who has something
     expire_at   when one ends
     publish     whether other accounts may load it
     delete      take one away
@@ -107,6 +108,10 @@ class CheckpointStore(Protocol):
     ) -> list[Manifest]:
         """Oldest first. Expired ones are left out, though they load until they are deleted: a
         snapshot that still counts may descend from them."""
+        ...
+
+    def jobs(self, account: str) -> list[str]:
+        """The jobs of an account that have ever saved a checkpoint, sorted."""
         ...
 
     def loadable(self, key: CheckpointKey) -> Manifest:

@@ -22,6 +22,7 @@
     │   ├── IncompleteGradient       a chunk is missing, so the gradient was cleared and not stepped
     │   ├── Superseded               a newer session holds the trainer's policy slot
     │   ├── FailedPrecondition       the resource is in a state that does not allow this
+    │   │   └── TooManyModels        a pooled trainer holds as many models as it may
     │   ├── NonFiniteGradient        NaN or Inf in a loss or gradient; nothing was stepped
     │   ├── SizeCapExceeded          a snapshot would exceed the size cap
     │   ├── WeightsMismatch          the asked identity is not what is being served
@@ -183,6 +184,10 @@ class Superseded(UserError):
 class FailedPrecondition(UserError):
     code = "failed_precondition"
     grpc_code = 9
+
+
+class TooManyModels(FailedPrecondition):
+    code = "too_many_models"
 
 
 class NonFiniteGradient(UserError):

@@ -55,6 +55,7 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What `get_info` gives clients as the tokenizer: a repository, or a directory."""
     mode: TrainerMode
     lora_rank: int
+    """Of a dedicated job's adapter. In a pool, the highest rank that a model may ask for; 0: 256."""
     max_context_length: int
     threads: int
     store_root: str
@@ -72,6 +73,8 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
     recovery_interval_s: float = 60.0
+    max_open_models: int = 64
+    """Models with weights of their own that a pool holds in memory at a time."""
     gap_timeout_s: float = 600.0
     """How long requests are held behind a missing seq_id before they fail."""
 

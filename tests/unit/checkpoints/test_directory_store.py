@@ -173,6 +173,13 @@ def test_a_listing_is_oldest_first_and_filters(trainer, store, make_tensors):
     assert store.list("local", "job-2") == []
 
 
+def test_an_accounts_jobs_are_those_that_saved_something(trainer, store, make_tensors):
+    assert store.jobs("local") == []
+    trainer.base("a", make_tensors())
+    assert store.jobs("local") == ["job-1"]
+    assert store.jobs("other") == []
+
+
 def test_an_expired_checkpoint_is_not_listed(trainer, store, clock, make_tensors):
     trainer.base("a", make_tensors(), expires_at=clock.now() + 100)
     assert [m.identity for m in store.list("local", "job-1")] == ["a"]

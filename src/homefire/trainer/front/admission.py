@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from homefire.foundation.clock import Clock
 from homefire.trainer.front import operations
-from homefire.trainer.front.checkpoint_paths import session_prefix
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.gaps import GapTimers
 from homefire.trainer.front.journal import Journal
@@ -29,6 +28,7 @@ from homefire.trainer.front.records import (
     encode_result,
 )
 from homefire.trainer.front.sessions import Ledger, Load, refusal_of
+from homefire.trainer.front.slot_policy import SlotPolicy
 from homefire.wire.engine import ExecutionPlan
 from homefire.wire.errors import (
     ErrorRecord,
@@ -38,6 +38,7 @@ from homefire.wire.errors import (
     Overloaded,
     SequenceGap,
     SequenceReused,
+    TooManyModels,
 )
 from homefire.wire.ids import model_id
 from homefire.wire.specs import TrainerSpec
@@ -45,6 +46,8 @@ from homefire.wire.specs import TrainerSpec
 MAX_WAITING_REQUESTS = 4096
 """Per model."""
 MAX_WAITING_BYTES = 4 << 30
+_FINISH_KEY = "finish"
+"""Of the unloads that end a session: finishing it twice is once."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Admission:
         spec: TrainerSpec,
         clock: Clock,
         ledger: Ledger,
+        policy: SlotPolicy,
         futures: Futures,
         journal: Journal,
         wake: Callable[[], None],
@@ -80,6 +84,7 @@ class Admission:
         self._spec = spec
         self._clock = clock
         self._ledger = ledger
+        self._policy = policy
         self._futures = futures
         self._journal = journal
         self._wake = wake
@@ -95,9 +100,18 @@ class Admission:
         )
 
     async def create_session(self) -> str:
-        session_id = f"{session_prefix(self._spec.job)}{secrets.token_hex(8)}"
+        session_id = self._policy.new_session_id()
         await self._journal.append(SessionCreated(session_id, self._clock.now()))
         return session_id
+
+    async def finish_session(self, session_id: str) -> None:
+        """What the session alone used is given up, behind all that was accepted for it."""
+        self._policy.check_session(session_id)
+        for handle in self._policy.ends_with_session(session_id):
+            if handle.order.missing is not None:
+                await self.expire(handle.model_id, handle.order.missing)
+            submission = self.submission(self._policy.unload(handle))
+            await self.accept_at_end(handle.model_id, _FINISH_KEY, submission)
 
     def handle(self, model: str) -> Handle:
         handle = self._ledger.handles.get(model)
@@ -140,20 +154,22 @@ class Admission:
 
     async def create(self, operation: CreateHandle) -> str:
         """A new handle; the same (session, model_seq_id) again gives the same request id."""
-        self.check_session(operation.session_id)
+        self._policy.check_session(operation.session_id)
         model = model_id(operation.session_id, operation.model_seq_id)
         submission = self.submission(operation)
         handle = self._ledger.handles.get(model)
         known = await self._known(model, "", handle.created_by if handle else None, submission)
-        return known or await self._accept(model, None, "", submission)
+        if known is not None:
+            return known
+        try:
+            self._policy.check_room(operation.kind, num_arriving=self._num_arriving())
+        except TooManyModels as error:
+            return self.fail_now(error)
+        return await self._accept(model, None, "", submission)
 
-    def check_session(self, session_id: str) -> None:
-        if session_id not in self._ledger.sessions:
-            raise NotFound(
-                f"no session {session_id!r}",
-                hint="create one with create_session",
-                field="session_id",
-            )
+    def _num_arriving(self) -> int:
+        """Models on their way to the disk."""
+        return sum(key == "" for _, key in self._flights)
 
     def fail_now(self, error: HomefireError) -> str:
         """A request id whose future has already failed; nothing is journaled for it."""

@@ -18,12 +18,11 @@ from homefire.http.app import service_app
 from homefire.http.bodies import decode_json, json_response, read_body, read_json
 from homefire.trainer.front import operations
 from homefire.trainer.front.admission import Submission
-from homefire.trainer.front.checkpoint_paths import state_manifest, state_names
+from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, find_state, state_names
 from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
 from homefire.trainer.front.operations import (
     LoadTrainState,
     OperationKind,
-    UnloadHandle,
     refuse,
     run_pass,
     save_snapshot,
@@ -42,7 +41,9 @@ from homefire.wire.errors import (
     Unavailable,
     Unsupported,
 )
+from homefire.wire.ids import model_id
 from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
+from homefire.wire.manifest import Manifest
 
 POLL_S = 35.0
 """How long a future is held; clients give up at 45 s."""
@@ -178,20 +179,20 @@ class TrainerApi:
 
     async def heartbeat(self, request: Request) -> Response:
         body = await read_json(request, tinker.SessionRef)
-        self._admission.check_session(body.session_id)
+        self._front.policy.check_session(body.session_id)
         return json_response({"type": "session_heartbeat"})
 
     async def finish_session(self, request: Request) -> Response:
-        """The weights outlive their client, so there is nothing to tear down."""
+        """A dedicated job's weights outlive their client; a pool closes the session's models."""
         await read_body(request)
-        self._admission.check_session(request.path_params["session_id"])
+        await self._admission.finish_session(request.path_params["session_id"])
         return json_response({})
 
     async def create_model(self, request: Request) -> Response:
         body = await read_json(request, tinker.CreateModel)
-        self._admission.check_session(body.session_id)
+        self._front.policy.check_session(body.session_id)
         try:
-            operation = plan_creation(body, self._spec, self._front.ledger)
+            operation = plan_creation(body, self._spec, self._front.policy)
         except HomefireError as error:
             return _promise(self._admission.fail_now(error))
         return _promise(await self._admission.create(operation))
@@ -199,26 +200,26 @@ class TrainerApi:
     async def get_info(self, request: Request) -> Response:
         body = await read_json(request, tinker.ModelRef)
         handle = self._admission.handle(body.model_id)
-        spec, model, lora = self._spec, self._front.worker.model, self._front.ledger.lora
-        is_lora = handle.kind is SlotKind.LORA
+        model, name = self._front.worker.model, handle.base_model or self._spec.base_model
         data = {
             "arch": model.opened.architecture if model else None,
-            "model_name": spec.base_model,
-            "tokenizer_id": spec.tokenizer_id,
+            "model_name": name,
+            "tokenizer_id": self._spec.tokenizer_id,
         }
         info = {
             "type": "get_info",
             "model_id": handle.model_id,
             "model_data": data,
-            "is_lora": is_lora,
-            "lora_rank": lora.rank if is_lora and lora else 0,
-            "model_name": spec.base_model,
+            "is_lora": handle.kind is SlotKind.LORA,
+            "lora_rank": handle.lora.rank if handle.lora else 0,
+            "model_name": name,
         }
         return json_response(info)
 
     async def unload_model(self, request: Request) -> Response:
         body = await read_json(request, tinker.UnloadModel)
-        return await self._submit(request, body.model_id, body.seq_id, UnloadHandle())
+        unload = self._front.policy.unload(self._admission.handle(body.model_id))
+        return await self._submit(request, body.model_id, body.seq_id, unload)
 
     # Training --------------------------------------------------------------------------------
 
@@ -271,13 +272,12 @@ class TrainerApi:
         return await self._create_from_state(body)
 
     async def _create_from_state(self, body: tinker.LoadWeights) -> Response:
-        self._admission.check_session(body.session_id or "")
-        spec = self._spec
+        session, policy = body.session_id or "", self._front.policy
+        policy.check_session(session)
+        own = policy.slot(model_id(session, body.model_seq_id or 0), SlotKind.FULL)
         try:
-            manifest = await asyncio.to_thread(
-                state_manifest, self._front.store, body.path, account=spec.account, job=spec.job
-            )
-            operation = plan_creation_from_state(body, manifest, spec, self._front.ledger)
+            manifest = await self._state_manifest(body.path, slot=own)
+            operation = plan_creation_from_state(body, manifest, self._spec, policy)
         except HomefireError as error:
             return _promise(self._admission.fail_now(error))
         return _promise(await self._admission.create(operation))
@@ -295,16 +295,17 @@ class TrainerApi:
     async def list_checkpoints(self, request: Request) -> Response:
         spec = self._spec
         names = await asyncio.to_thread(
-            state_names, self._front.store, account=spec.account, job=spec.job
+            state_names,
+            self._front.store,
+            account=spec.account,
+            job=spec.job,
+            slot=POLICY_SLOT,
         )
         return json_response({"checkpoints": names})
 
     async def weights_info(self, request: Request) -> Response:
         body = await read_json(request, tinker.WeightsInfo)
-        spec = self._spec
-        manifest = await asyncio.to_thread(
-            state_manifest, self._front.store, body.tinker_path, account=spec.account, job=spec.job
-        )
+        manifest = await self._state_manifest(body.tinker_path, slot=POLICY_SLOT)
         lora = manifest.lora
         info: dict[str, Any] = {"base_model": manifest.base_model, "is_lora": lora is not None}
         if lora is not None:
@@ -315,6 +316,14 @@ class TrainerApi:
                 "train_attn": lora.train_attn,
             }
         return json_response(info)
+
+    async def _state_manifest(self, path: str, *, slot: str) -> Manifest:
+        store = self._front.store
+
+        def find() -> Manifest:
+            return store.manifest(find_state(store, path, spec=self._spec, slot=slot))
+
+        return await asyncio.to_thread(find)
 
     async def _submit(
         self, request: Request, model: str, seq: int | None, operation: operations.Operation

@@ -1,11 +1,6 @@
-"""Which slot a new model becomes a handle on, and whether it may.
-
-A job has one base model and one kind of policy; the first model of a LoRA job fixes its adapter.
-"""
+"""What a new model is: which slot, which kind of weights, which adapter. Or why it cannot be."""
 
 from __future__ import annotations
-
-import hashlib
 
 from homefire.trainer.front.operations import (
     BASE_ONLY_KEY,
@@ -13,62 +8,57 @@ from homefire.trainer.front.operations import (
     LoadTrainState,
     text_metadata,
 )
-from homefire.trainer.front.sessions import POLICY_SLOT, REFERENCE_SLOT, Ledger
+from homefire.trainer.front.slot_policy import SlotPolicy, rank_mismatch
 from homefire.wire.engine import LoraSpec, SlotKind
-from homefire.wire.errors import InvalidArgument, UnknownModel, Unsupported
+from homefire.wire.errors import InvalidArgument, Unsupported
+from homefire.wire.ids import model_id
 from homefire.wire.manifest import Manifest
 from homefire.wire.specs import TrainerMode, TrainerSpec
 from homefire.wire.tinker import CreateModel, LoadWeights, LoraConfig, OptimizerConfig
 
-_DEFAULT_RANK = 32
 
-
-def plan_creation(request: CreateModel, spec: TrainerSpec, ledger: Ledger) -> CreateHandle:
+def plan_creation(request: CreateModel, spec: TrainerSpec, policy: SlotPolicy) -> CreateHandle:
     """Raises UnknownModel, InvalidArgument or Unsupported; nothing is fenced then."""
-    _check_base_model(request.base_model, spec)
+    policy.check_base_model(request.base_model)
     _check_optimizer(request.optimizer_config)
     metadata = text_metadata(request.user_metadata)
     base_only = request.base_only or metadata.get(BASE_ONLY_KEY, "").lower() == "true"
     reference = base_only or spec.mode is TrainerMode.FORWARD_ONLY
-    lora = None if reference else _policy_lora(request.lora_config, spec, ledger)
+    kind = SlotKind.REFERENCE if reference else _trained_kind(spec)
+    model = model_id(request.session_id, request.model_seq_id)
     return CreateHandle(
         session_id=request.session_id,
         model_seq_id=request.model_seq_id,
-        slot=REFERENCE_SLOT if reference else POLICY_SLOT,
-        kind=SlotKind.REFERENCE if reference else _policy_kind(spec),
-        lora=lora,
+        slot=policy.slot(model, kind),
+        kind=kind,
+        lora=None if reference else _adapter(model, request.lora_config, spec, policy),
+        base_model=request.base_model,
         metadata=metadata,
     )
 
 
 def plan_creation_from_state(
-    request: LoadWeights, manifest: Manifest, spec: TrainerSpec, ledger: Ledger
+    request: LoadWeights, manifest: Manifest, spec: TrainerSpec, policy: SlotPolicy
 ) -> CreateHandle:
-    """The adapter's shape comes from the job, or else from the state that will be loaded."""
+    """The adapter's shape comes from the state that will be loaded."""
     if request.base_model:
-        _check_base_model(request.base_model, spec)
+        policy.check_base_model(request.base_model)
     _check_optimizer(request.optimizer_config)
     if spec.mode is TrainerMode.FORWARD_ONLY:
         raise InvalidArgument("this job only runs forward: it loads no state", field="path")
-    config = _lora_config_of(manifest) if ledger.lora is None else None
+    session, number = request.session_id or "", request.model_seq_id or 0
+    model, kind = model_id(session, number), _trained_kind(spec)
+    _check_kind(manifest, kind, request.path)
     return CreateHandle(
-        session_id=request.session_id or "",
-        model_seq_id=request.model_seq_id or 0,
-        slot=POLICY_SLOT,
-        kind=_policy_kind(spec),
-        lora=_policy_lora(config, spec, ledger),
+        session_id=session,
+        model_seq_id=number,
+        slot=policy.slot(model, kind),
+        kind=kind,
+        lora=_adapter(model, _lora_config_of(manifest), spec, policy),
         load=LoadTrainState(request.path, bool(request.optimizer)),
+        base_model=request.base_model or spec.base_model,
         metadata=text_metadata(request.user_metadata),
     )
-
-
-def _check_base_model(asked: str, spec: TrainerSpec) -> None:
-    if asked not in {spec.base_model, spec.tokenizer_id, spec.model_dir}:
-        raise UnknownModel(
-            f"this job trains {spec.base_model}, not {asked!r}",
-            hint="create a trainer job of that base model",
-            field="base_model",
-        )
 
 
 def _check_optimizer(config: OptimizerConfig | None) -> None:
@@ -80,52 +70,31 @@ def _check_optimizer(config: OptimizerConfig | None) -> None:
         )
 
 
-def _policy_kind(spec: TrainerSpec) -> SlotKind:
+def _check_kind(manifest: Manifest, kind: SlotKind, path: str) -> None:
+    if (manifest.lora is not None) != (kind is SlotKind.LORA):
+        found = (
+            f"a LoRA adapter of rank {manifest.lora.rank}" if manifest.lora else "all parameters"
+        )
+        wanted = "LoRA adapters" if kind is SlotKind.LORA else "all parameters"
+        raise InvalidArgument(
+            f"state {path!r} holds {found}, this job trains {wanted}",
+            hint="load it where the same kind is trained",
+            field="path",
+        )
+
+
+def _trained_kind(spec: TrainerSpec) -> SlotKind:
     return SlotKind.FULL if spec.mode is TrainerMode.FULL else SlotKind.LORA
 
 
-def _policy_lora(config: LoraConfig | None, spec: TrainerSpec, ledger: Ledger) -> LoraSpec | None:
-    if spec.mode is TrainerMode.FULL:
-        if config is not None and config.rank > 0:
-            raise _rank_mismatch(config.rank, "trains all parameters (lora_rank 0)")
-        return None
-    if config is None and ledger.lora is not None:
-        return ledger.lora
-    asked = _lora_spec(config or LoraConfig(rank=spec.lora_rank or _DEFAULT_RANK), spec)
-    return _same_adapter(asked, ledger.lora) if ledger.lora is not None else asked
-
-
-def _lora_spec(config: LoraConfig, spec: TrainerSpec) -> LoraSpec:
-    if config.rank <= 0:
-        raise _rank_mismatch(config.rank, "trains an adapter")
-    if spec.lora_rank and config.rank > spec.lora_rank:
-        raise _rank_mismatch(config.rank, f"allows ranks up to {spec.lora_rank}")
-    return LoraSpec(
-        rank=config.rank,
-        alpha=config.alpha if config.alpha is not None else 32.0,
-        seed=config.seed if config.seed is not None else _seed_of(spec.job),
-        train_attn=config.train_attn is not False,
-        train_mlp=config.train_mlp is not False,
-        train_unembed=config.train_unembed is not False,
-    )
-
-
-def _same_adapter(asked: LoraSpec, live: LoraSpec) -> LoraSpec:
-    """The live adapter, if that is what was asked for; its seed has had its effect."""
-    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
-        wanted, found = getattr(asked, name), getattr(live, name)
-        if wanted != found:
-            raise InvalidArgument(
-                f"lora_config.{name} is {wanted}, this job's live adapter has {found}",
-                hint="ask for the same adapter, or create another trainer job",
-                field=f"lora_config.{name}",
-            )
-    return live
-
-
-def _seed_of(job: str) -> int:
-    """Fixed per job, so that replay from nothing begins with the same adapter."""
-    return int.from_bytes(hashlib.sha256(job.encode()).digest()[:4])
+def _adapter(
+    model: str, config: LoraConfig | None, spec: TrainerSpec, policy: SlotPolicy
+) -> LoraSpec | None:
+    if spec.mode is TrainerMode.LORA:
+        return policy.adapter(model, config)
+    if config is not None and config.rank > 0:
+        raise rank_mismatch(config.rank, "trains all parameters (lora_rank 0)")
+    return None
 
 
 def _lora_config_of(manifest: Manifest) -> LoraConfig | None:
@@ -139,12 +108,4 @@ def _lora_config_of(manifest: Manifest) -> LoraConfig | None:
         train_unembed=lora.train_unembed,
         train_mlp=lora.train_mlp,
         train_attn=lora.train_attn,
-    )
-
-
-def _rank_mismatch(asked: int, what: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"lora_config.rank is {asked}, but this job {what}",
-        hint="ask for the job's rank, or create another trainer job",
-        field="lora_config.rank",
     )

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from homefire.wire.engine import (
     PREFIX_BYTES,
@@ -25,6 +25,7 @@ from homefire.wire.errors import InternalError
 from homefire.wire.specs import EngineKind
 
 _EXIT_TIMEOUT_S = 10.0
+Answer = TypeVar("Answer")
 
 
 class EngineDied(Exception):
@@ -52,6 +53,18 @@ class Engine(Protocol):
     async def kill(self) -> int:
         """At once, and harmless when it has ended; its exit status."""
         ...
+
+
+async def ask(engine: Engine, message: Request, kind: type[Answer]) -> Answer:
+    """A request without arrays; its answer must be of this kind."""
+    reply, _ = await engine.call(message)
+    return expect(reply, kind)
+
+
+def expect(reply: Reply, kind: type[Answer]) -> Answer:
+    if not isinstance(reply, kind):
+        raise InternalError(f"the engine answered {type(reply).__name__}, not {kind.__name__}")
+    return reply
 
 
 class EngineProcess:
@@ -105,9 +118,7 @@ class EngineProcess:
         return await self._process.wait()
 
     async def shut_down(self) -> None:
-        reply, _ = await self.call(Shutdown())
-        if not isinstance(reply, Done):
-            raise InternalError(f"the engine answered Shutdown with {type(reply).__name__}")
+        await ask(self, Shutdown(), Done)
         await self.end()
 
     async def end(self) -> int:

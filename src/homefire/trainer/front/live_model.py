@@ -1,19 +1,15 @@
 """The loaded model: turns operations into engine requests and their replies into results.
 
-One object per life of the engine. It knows which slots are open there and how many steps the policy has.
+One object per life of the engine. It knows which slots are open there and how many steps each has.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from homefire.checkpoints import CheckpointStore
-from homefire.trainer.front.checkpoint_paths import find_state
-from homefire.trainer.front.engine_process import Engine
+from homefire.trainer.front.engine_process import Engine, ask, expect
 from homefire.trainer.front.operations import (
     CreateHandle,
     LoadTrainState,
@@ -25,46 +21,25 @@ from homefire.trainer.front.operations import (
     StepOptimizer,
     UnloadHandle,
 )
-from homefire.trainer.front.records import (
-    FailedResult,
-    Handle,
-    PassResult,
-    PlainResult,
-    Result,
-)
-from homefire.trainer.front.sessions import POLICY_SLOT, Request
+from homefire.trainer.front.outcome import Fields, Outcome, failed
+from homefire.trainer.front.records import Body, Handle, PassResult, PlainResult
+from homefire.trainer.front.sessions import Request
+from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
+from homefire.trainer.front.slot_policy import SlotPolicy
 from homefire.trainer.front.validation import Batch, Limits, check_batch
 from homefire.wire import engine as wire
 from homefire.wire.engine import ExecutionPlan, SlotKind
 from homefire.wire.errors import (
-    ErrorRecord,
     FailedPrecondition,
     HomefireError,
     InternalError,
     InvalidArgument,
 )
-from homefire.wire.ids import check_name
 from homefire.wire.specs import TrainerSpec
 from homefire.wire.tinker import PassOutput
 
 _PREPARE_OFF_LOOP_ABOVE = 100_000
 """Bytes of an operation."""
-Answer = TypeVar("Answer")
-Fields = Mapping[str, str | int | float | bool | dict[str, float] | None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    result: Result
-    discarded: bool = False
-    """The accumulated gradient was thrown away."""
-    event: str = ""
-    """What happened, for events.jsonl."""
-    fields: Fields = field(default_factory=dict[str, "str | int | float"])
-
-    @property
-    def error(self) -> ErrorRecord | None:
-        return self.result.error if isinstance(self.result, FailedResult) else None
 
 
 class LiveModel:
@@ -74,15 +49,14 @@ class LiveModel:
         self,
         engine: Engine,
         spec: TrainerSpec,
-        store: CheckpointStore,
+        checkpoints: SlotCheckpoints,
         opened: wire.ModelOpened,
     ) -> None:
         self._engine = engine
-        self._spec = spec
-        self._store = store
-        self._slots: set[str] = set()
+        self._checkpoints = checkpoints
+        self._steps: dict[str, int] = {}
+        """Of the open slots."""
         self.opened = opened
-        self.step = 0
         self.limits = Limits(
             opened.vocab_size, min(opened.max_context_length, spec.max_context_length)
         )
@@ -90,6 +64,10 @@ class LiveModel:
     @property
     def engine(self) -> Engine:
         return self._engine
+
+    def step_of(self, slot: str) -> int | None:
+        """Optimizer steps on the slot; None while it is not open."""
+        return self._steps.get(slot)
 
     async def run(self, request: Request, operation: Operation, handle: Handle) -> Outcome:
         """Never raises for what is wrong with the request: that is the outcome. May raise EngineDied."""
@@ -105,16 +83,16 @@ class LiveModel:
         """
         discards = (
             isinstance(operation, StepOptimizer)
-            and handle.slot == POLICY_SLOT
+            and handle.kind is not SlotKind.REFERENCE
             and handle.superseded_by is None
-            and POLICY_SLOT in self._slots
+            and handle.slot in self._steps
         )
         if discards:
-            await self.discard_gradients()
-        return Outcome(FailedResult(ErrorRecord.of(error)), discarded=discards)
+            await self.discard_gradients(handle.slot)
+        return failed(error, discarded=discards)
 
-    async def discard_gradients(self) -> wire.GradientsDiscarded:
-        return await self._ask(wire.DiscardGradients(POLICY_SLOT), wire.GradientsDiscarded)
+    async def discard_gradients(self, slot: str) -> wire.GradientsDiscarded:
+        return await ask(self._engine, wire.DiscardGradients(slot), wire.GradientsDiscarded)
 
     async def _run(self, request: Request, operation: Operation, handle: Handle) -> Outcome:
         _check_allowed(operation, handle)
@@ -122,17 +100,17 @@ class LiveModel:
             case RunPass():
                 return await self._run_pass(request, operation, handle)
             case StepOptimizer():
-                return await self._step(operation)
+                return await self._step(operation, handle)
             case SaveTrainState():
-                return await self._save_state(operation, request)
+                return await self._checkpoints.save_state(operation, handle, seq=request.seq)
             case SaveSnapshot():
-                return await self.save_snapshot(operation)
+                return await self._checkpoints.save_snapshot(operation, handle)
             case LoadTrainState():
-                return await self.load_state(operation, handle.model_id)
+                return await self._load(operation, handle)
             case CreateHandle():
-                return await self.create(operation, handle.model_id)
+                return await self._create(operation, handle)
             case UnloadHandle():
-                return Outcome(PlainResult({"type": "unload_model", "model_id": handle.model_id}))
+                return await self._unload(operation, handle)
             case Refused(_, error):
                 raise error.exception()
 
@@ -166,87 +144,41 @@ class LiveModel:
             slot=slot, loss_fn=body.loss_fn, loss_fn_config=body.loss_fn_config, plan=plan
         )
         reply, arrays = await self._engine.call(message, batch.arrays)
-        return _expect(reply, wire.Rows), batch.unpack(arrays["logprobs"])
+        return expect(reply, wire.Rows), batch.unpack(arrays["logprobs"])
 
-    async def _step(self, operation: StepOptimizer) -> Outcome:
+    async def _step(self, operation: StepOptimizer, handle: Handle) -> Outcome:
         message = wire.OptimStep(
-            slot=POLICY_SLOT, adam=operation.adam, normalization=operation.normalization
+            slot=handle.slot, adam=operation.adam, normalization=operation.normalization
         )
-        stepped = await self._ask(message, wire.Stepped)
-        self.step = stepped.step
-        body: dict[str, str | int | float | bool | dict[str, float] | None] = {
-            "metrics": stepped.metrics,
-            "step": stepped.step,
-        }
+        stepped = await ask(self._engine, message, wire.Stepped)
+        self._steps[handle.slot] = stepped.step
+        body: Body = {"metrics": stepped.metrics, "step": stepped.step}
         return Outcome(PlainResult(body), event="optim_step", fields={"metrics": stepped.metrics})
 
-    # Saving and loading ----------------------------------------------------------------------
+    # Slots -----------------------------------------------------------------------------------
 
-    async def _save_state(self, operation: SaveTrainState, request: Request) -> Outcome:
-        name = operation.name or f"state-{request.seq:06d}"
-        message = wire.SaveState(
-            slot=POLICY_SLOT,
-            name=check_name(name, field="path"),
-            overwrite=operation.overwrite,
-            metadata=operation.metadata,
-            ttl_seconds=operation.ttl_seconds,
-        )
-        saved = await self._ask(message, wire.StateSaved)
-        fields: Fields = {"name": name, "size_bytes": saved.size_bytes, "digest": saved.digest}
-        result = PlainResult({"type": "save_weights", "path": name, "step": saved.step})
-        return Outcome(result, event="state_saved", fields=fields)
-
-    async def save_snapshot(self, operation: SaveSnapshot) -> Outcome:
-        message = wire.SaveSampler(
-            slot=POLICY_SLOT,
-            identity=check_name(operation.name, field="path"),
-            checkpoint_type=operation.checkpoint_type,
-            metadata=operation.metadata,
-            ttl_seconds=operation.ttl_seconds,
-        )
-        saved = await self._ask(message, wire.SamplerSaved)
-        fields: Fields = {
-            "identity": saved.identity,
-            "kind": saved.kind,
-            "parent": saved.parent,
-            "size_bytes": saved.size_bytes,
-            "digest": saved.digest,
-            "num_changed": saved.num_changed,
-            "num_elements": saved.num_elements,
-            "note": saved.note,
-        }
-        body = {"type": "save_weights_for_sampler", "path": saved.identity, "step": saved.step}
-        return Outcome(PlainResult({**body, **fields}), event="snapshot_saved", fields=fields)
-
-    async def load_state(self, operation: LoadTrainState, model_id: str) -> Outcome:
-        spec = self._spec
-        directory = await asyncio.to_thread(
-            find_state, self._store, operation.path, account=spec.account, job=spec.job
-        )
-        message = wire.LoadState(
-            slot=POLICY_SLOT, directory=str(directory), with_optimizer=operation.with_optimizer
-        )
-        loaded = await self._ask(message, wire.StateLoaded)
-        self.step = loaded.step
+    async def _load(self, operation: LoadTrainState, handle: Handle) -> Outcome:
+        loaded = await self._checkpoints.load_state(operation, handle)
+        self._steps[handle.slot] = loaded.step
         fields: Fields = {
             "name": operation.path,
             "with_optimizer": operation.with_optimizer,
             "digest": loaded.digest,
         }
-        body = {"type": "load_weights", "path": operation.path, "model_id": model_id}
+        body = {"type": "load_weights", "path": operation.path, "model_id": handle.model_id}
         result = PlainResult({**body, "step": loaded.step, "digest": loaded.digest})
         return Outcome(result, event="state_loaded", fields=fields)
 
-    # Slots -----------------------------------------------------------------------------------
-
-    async def create(self, operation: CreateHandle, model_id: str) -> Outcome:
+    async def _create(self, operation: CreateHandle, handle: Handle) -> Outcome:
+        """A creation that fails leaves no slot behind that it opened."""
+        is_new = operation.slot not in self._steps
         discarded = await self.attach(operation)
-        body: dict[str, str | int | float | bool | dict[str, float] | None] = {}
-        if operation.load is not None:
-            loaded = await self.load_state(operation.load, model_id)
-            body.update(loaded.result.body if isinstance(loaded.result, PlainResult) else {})
-        else:
-            body.update({"type": "create_model", "model_id": model_id, "step": self.step})
+        try:
+            body = await self._created(operation, handle)
+        except HomefireError:
+            if is_new:
+                await self._close(operation.slot)
+            raise
         if discarded.num_backward_calls:
             body["gradients_discarded"] = {
                 "num_backward_calls": discarded.num_backward_calls,
@@ -260,42 +192,61 @@ class LiveModel:
         }
         return Outcome(PlainResult(body), event="model_created", fields=fields)
 
+    async def _created(self, operation: CreateHandle, handle: Handle) -> Body:
+        if operation.load is None:
+            step = self._steps[operation.slot]
+            return {"type": "create_model", "model_id": handle.model_id, "step": step}
+        loaded = await self._load(operation.load, handle)
+        return dict(loaded.result.body) if isinstance(loaded.result, PlainResult) else {}
+
     async def attach(self, operation: CreateHandle) -> wire.GradientsDiscarded:
         """Opens the slot on first use. A later handle finds live weights and no leftover gradient."""
         nothing = wire.GradientsDiscarded(num_backward_calls=0, num_loss_tokens=0)
-        if operation.slot in self._slots:
-            is_policy = operation.slot == POLICY_SLOT
-            return await self.discard_gradients() if is_policy else nothing
+        if operation.slot in self._steps:
+            trains = operation.kind is not SlotKind.REFERENCE
+            return await self.discard_gradients(operation.slot) if trains else nothing
         message = wire.OpenSlot(slot=operation.slot, kind=operation.kind, lora=operation.lora)
-        self._note_slot(await self._ask(message, wire.SlotOpened))
+        self._note_slot(await ask(self._engine, message, wire.SlotOpened))
         return nothing
 
+    async def attach_again(self, operation: CreateHandle) -> None:
+        """Replay of a creation that failed: the slot that it opened, it closed."""
+        if operation.slot in self._steps:
+            await self.attach(operation)
+
+    async def _unload(self, operation: UnloadHandle, handle: Handle) -> Outcome:
+        if operation.closes_slot:
+            await self._close(handle.slot)
+        result = PlainResult({"type": "unload_model", "model_id": handle.model_id})
+        return Outcome(result, event="model_unloaded", fields={"slot": handle.slot})
+
+    async def _close(self, slot: str) -> None:
+        await ask(self._engine, wire.CloseSlot(slot), wire.Done)
+        del self._steps[slot]
+
     def _note_slot(self, opened: wire.SlotOpened) -> None:
-        self._slots.add(opened.slot)
-        if opened.slot == POLICY_SLOT:
-            self.step = opened.step
+        self._steps[opened.slot] = opened.step
 
     # Recovery --------------------------------------------------------------------------------
 
-    async def adopt_snapshot(self, identity: str) -> None:
-        await self._engine.call(wire.AdoptSnapshot(POLICY_SLOT, identity))
+    async def adopt_snapshot(self, slot: str, name: str) -> bool:
+        """Replay of a save. False when the snapshot was deleted since."""
+        return await self._checkpoints.adopt_snapshot(slot, name)
 
     async def save_recovery(self, directory: Path) -> int:
         """Bytes written."""
         message = wire.SaveRecovery(str(directory))
-        return (await self._ask(message, wire.RecoverySaved)).size_bytes
+        return (await ask(self._engine, message, wire.RecoverySaved)).size_bytes
 
     async def load_recovery(self, directory: Path) -> None:
-        loaded = await self._ask(wire.LoadRecovery(str(directory)), wire.RecoveryLoaded)
+        loaded = await ask(self._engine, wire.LoadRecovery(str(directory)), wire.RecoveryLoaded)
         for opened in loaded.slots:
             self._note_slot(opened)
 
-    async def _ask(self, message: wire.Request, kind: type[Answer]) -> Answer:
-        reply, _ = await self._engine.call(message)
-        return _expect(reply, kind)
 
-
-async def open_model(engine: Engine, spec: TrainerSpec, store: CheckpointStore) -> LiveModel:
+async def open_model(
+    engine: Engine, spec: TrainerSpec, store: CheckpointStore, policy: SlotPolicy
+) -> LiveModel:
     """Loads the base model. Raises what is wrong with it, e.g. ModelUnavailable."""
     message = wire.OpenModel(
         model_dir=spec.model_dir,
@@ -307,14 +258,8 @@ async def open_model(engine: Engine, spec: TrainerSpec, store: CheckpointStore) 
         max_context_length=spec.max_context_length,
         snapshot_cap_bytes=spec.snapshot_cap_bytes,
     )
-    reply, _ = await engine.call(message, {})
-    return LiveModel(engine, spec, store, _expect(reply, wire.ModelOpened))
-
-
-def _expect(reply: wire.Reply, kind: type[Answer]) -> Answer:
-    if not isinstance(reply, kind):
-        raise InternalError(f"the engine answered {type(reply).__name__}, not {kind.__name__}")
-    return reply
+    opened = await ask(engine, message, wire.ModelOpened)
+    return LiveModel(engine, spec, SlotCheckpoints(engine, spec, store, policy), opened)
 
 
 def _check_allowed(operation: Operation, handle: Handle) -> None:

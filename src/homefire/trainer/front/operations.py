@@ -48,7 +48,7 @@ class OperationKind(StrEnum):
     CREATE_MODEL = "create_model"
     """A new handle on a slot."""
     UNLOAD_MODEL = "unload_model"
-    """The handle is given up; the weights stay the job's."""
+    """The handle is given up; a dedicated job keeps the weights, a pool closes their slot."""
 
 
 class RunPass(msgspec.Struct, frozen=True, tag="pass"):
@@ -91,11 +91,14 @@ class CreateHandle(msgspec.Struct, frozen=True, kw_only=True, tag="create"):
     kind: SlotKind
     lora: LoraSpec | None = None
     load: LoadTrainState | None = None
+    base_model: str = ""
+    """As the client named it."""
     metadata: dict[str, str] = {}
 
 
 class UnloadHandle(msgspec.Struct, frozen=True, tag="unload"):
-    pass
+    closes_slot: bool = False
+    """The weights go too, since the slot was the model's own."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -54,7 +54,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, tag="completed"):
     ok: bool
     """False: the result is a `FailedResult`."""
     step: int
-    """Optimizer steps of the policy slot after it."""
+    """Optimizer steps of the model's slot after it."""
     discarded: bool = False
     """The accumulated gradient was thrown away on this occasion."""
     at: float
@@ -96,6 +96,9 @@ class Handle(msgspec.Struct, kw_only=True):
     session_id: str
     slot: str
     kind: SlotKind
+    lora: LoraSpec | None = None
+    base_model: str = ""
+    """As its client named it."""
     created_by: Seen
     order: SequenceOrder = msgspec.field(default_factory=SequenceOrder)
     recent: dict[int, Seen] = {}
@@ -108,16 +111,17 @@ class Handle(msgspec.Struct, kw_only=True):
     superseded_by: str | None = None
     """The session that took the slot over."""
     unloaded: bool = False
+    failure: str = ""
+    """Why it could not be created, if it could not."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     """First record of a segment: the state so far, so that earlier segments can be deleted."""
 
     position: int
-    step: int
+    steps: dict[str, int]
     sessions: list[str]
     handles: list[Handle]
-    lora: LoraSpec | None
     num_accepted: int
     points: list[PointTaken]
 
@@ -129,10 +133,13 @@ class PassResult(msgspec.Struct, frozen=True, tag="pass"):
     output: PassOutput
 
 
+Body = dict[str, str | int | float | bool | dict[str, float] | None]
+
+
 class PlainResult(msgspec.Struct, frozen=True, tag="plain"):
     """A result that is JSON on every wire."""
 
-    body: dict[str, str | int | float | bool | dict[str, float] | None]
+    body: Body
 
 
 class FailedResult(msgspec.Struct, frozen=True, tag="failed"):

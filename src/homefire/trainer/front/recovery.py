@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.trainer.front import operations
 from homefire.trainer.front.journal import read_journal
-from homefire.trainer.front.live_model import LiveModel, Outcome
+from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.operations import (
     CreateHandle,
     LoadTrainState,
@@ -24,32 +23,32 @@ from homefire.trainer.front.operations import (
     RunPass,
     SaveSnapshot,
     StepOptimizer,
+    UnloadHandle,
 )
+from homefire.trainer.front.outcome import Outcome, failed
 from homefire.trainer.front.records import (
     Accepted,
     Completed,
     FailedResult,
+    Handle,
     PassResult,
     PlainResult,
     PointTaken,
     decode_result,
 )
-from homefire.trainer.front.sessions import POLICY_SLOT, Ledger, Request
+from homefire.trainer.front.sessions import Ledger, Request
 from homefire.wire.errors import (
     DigestMismatch,
-    ErrorRecord,
     HomefireError,
     ReplayDivergence,
     StorageFailed,
     UnknownSnapshot,
 )
-from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.specs import TrainerSpec
 
 _CHANGING = frozenset(OperationKind) - {
     OperationKind.FORWARD,
     OperationKind.SAVE_WEIGHTS,
-    OperationKind.UNLOAD_MODEL,
     OperationKind.LOAD_ADAPTER,
 }
 
@@ -69,12 +68,10 @@ class Recovery:
         self,
         spec: TrainerSpec,
         ledger: Ledger,
-        store: CheckpointStore,
         progress: Callable[[int, int], None],
     ) -> None:
         self._spec = spec
         self._ledger = ledger
-        self._store = store
         self._progress = progress
         self._journal = journal_directory(spec)
 
@@ -128,7 +125,7 @@ class Recovery:
             return
         operation = operations.decode(accepted.operation)
         if not completed.ok:
-            await self._replay_failure(model, operation, completed)
+            await self._replay_failure(model, accepted, operation, completed)
             return
         recovered.num_replayed += 1
         outcome = await self._replay_success(model, accepted, operation)
@@ -136,39 +133,24 @@ class Recovery:
             recovered.divergences += _compare(accepted, outcome, completed)
 
     async def _replay_failure(
-        self, model: LiveModel, operation: Operation, completed: Completed
+        self, model: LiveModel, accepted: Accepted, operation: Operation, completed: Completed
     ) -> None:
         if isinstance(operation, CreateHandle):
             await _attach_again(model, operation)
         if completed.discarded:
-            await model.discard_gradients()
+            await model.discard_gradients(self._ledger.handles[accepted.model_id].slot)
 
     async def _replay_success(
         self, model: LiveModel, accepted: Accepted, operation: Operation
     ) -> Outcome | None:
+        handle = self._ledger.handles[accepted.model_id]
         match operation:
             case SaveSnapshot():
-                return await self._adopt(model, operation)
-            case RunPass() | StepOptimizer() | LoadTrainState() | CreateHandle():
-                handle = self._ledger.handles[accepted.model_id]
+                return await _adopt(model, handle, operation)
+            case RunPass() | StepOptimizer() | LoadTrainState() | CreateHandle() | UnloadHandle():
                 return await model.run(_request(accepted), operation, handle)
             case _:
                 return None
-
-    async def _adopt(self, model: LiveModel, operation: SaveSnapshot) -> Outcome | None:
-        """A snapshot that was deleted since is nobody's parent any more."""
-        spec = self._spec
-        where = (spec.account, spec.job, POLICY_SLOT, CheckpointFamily.SAMPLER)
-        key = CheckpointKey(*where, operation.name)
-        if not await asyncio.to_thread(self._store.exists, key):
-            return None
-        try:
-            await model.adopt_snapshot(operation.name)
-        except UnknownSnapshot:
-            return None
-        except HomefireError as error:
-            return _failed(error)
-        return None
 
 
 def journal_directory(spec: TrainerSpec) -> Path:
@@ -188,15 +170,21 @@ def divergence(recovered: Recovered) -> ReplayDivergence:
 
 
 async def _attach_again(model: LiveModel, operation: CreateHandle) -> None:
-    """What failed may have been the load after the slot was opened; the rest was in vain twice."""
+    """What failed was the load; on a live slot, the leftover gradient was cleared before it."""
     try:
-        await model.attach(operation)
+        await model.attach_again(operation)
     except HomefireError:
         return
 
 
-def _failed(error: HomefireError) -> Outcome:
-    return Outcome(FailedResult(ErrorRecord.of(error)))
+async def _adopt(model: LiveModel, handle: Handle, operation: SaveSnapshot) -> Outcome | None:
+    try:
+        await model.adopt_snapshot(handle.slot, operation.name)
+    except UnknownSnapshot:
+        return None
+    except HomefireError as error:
+        return failed(error)
+    return None
 
 
 def _request(accepted: Accepted) -> Request:

@@ -19,6 +19,7 @@ from homefire.trainer.front.records import Reopened
 from homefire.trainer.front.recovery import Recovery, journal_directory
 from homefire.trainer.front.recovery_points import RecoveryPoints
 from homefire.trainer.front.sessions import Ledger
+from homefire.trainer.front.slot_policy import slot_policy
 from homefire.trainer.front.status import StatusBoard
 from homefire.trainer.front.worker import Worker
 from homefire.wire.specs import TrainerSpec
@@ -42,6 +43,7 @@ class Front:
         self.store: CheckpointStore = DirectoryStore(Path(spec.store_root), self.clock)
         self.futures = Futures(self.clock)
         self.ledger = Ledger(self.futures)
+        self.policy = slot_policy(spec, self.ledger)
         self.journal = Journal(journal_directory(spec), self.ledger.apply)
         self.events = EventLog(Path(spec.job_dir) / "events.jsonl", self.clock)
         self.status = StatusBoard(self.ledger, nonce=spec.nonce)
@@ -50,7 +52,13 @@ class Front:
         )
         self.worker = self._make_worker()
         self.admission = Admission(
-            spec, self.clock, self.ledger, self.futures, self.journal, self.worker.wake
+            spec,
+            self.clock,
+            self.ledger,
+            self.policy,
+            self.futures,
+            self.journal,
+            self.worker.wake,
         )
 
     async def start(self) -> None:
@@ -91,7 +99,7 @@ class Front:
             events=self.events,
             status=self.status,
             points=self._points,
-            recovery=Recovery(self.spec, self.ledger, self.store, self._note_progress),
+            recovery=Recovery(self.spec, self.ledger, self._note_progress),
             start_engine=self._start_engine,
             open_model=self._open_model,
         )
@@ -101,7 +109,7 @@ class Front:
         return await EngineProcess.start(self.spec.engine, threads=self.spec.threads, log=log)
 
     async def _open_model(self, engine: Engine) -> LiveModel:
-        return await open_model(engine, self.spec, self.store)
+        return await open_model(engine, self.spec, self.store, self.policy)
 
     def _note_progress(self, done: int, total: int) -> None:
         self.status.progress(f"operation {done} of {total}")

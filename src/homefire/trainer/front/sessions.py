@@ -1,8 +1,8 @@
 """Sessions, the handles that they hold on slots, and their requests: what the journal's records add up to.
 
-A dedicated job has one policy slot. `create_model` gives a new handle at the live weights and fences
-the old one: its running request finishes, those that wait fail. Handles on the reference slot never
-fence. Live and at start, state changes by `apply` alone, so a restarted front is where it was.
+A new handle on a slot fences the one that was there: its running request finishes, those that wait
+fail. Handles on the frozen reference never fence. Live and at start, state changes by `apply` alone,
+so a restarted front is where it was. Which slot a model gets is `slot_policy`'s business.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ from homefire.trainer.front.records import (
     Snapshot,
     decode_result,
 )
-from homefire.wire.engine import ExecutionPlan, LoraSpec
+from homefire.wire.engine import ExecutionPlan, LoraSpec, SlotKind
 from homefire.wire.errors import FailedPrecondition, HomefireError, Superseded
 from homefire.wire.ids import model_id
 
-POLICY_SLOT = "policy"
-REFERENCE_SLOT = "reference"
 NUM_POINTS_KEPT = 2
 Key = TypeVar("Key", int, str)
 
@@ -78,10 +76,9 @@ class Ledger:
         """By model id."""
         self.points: list[PointTaken] = []
         """Recovery points, oldest first."""
-        self.lora: LoraSpec | None = None
-        """Fixed by the first model of a LoRA job."""
+        self.steps: dict[str, int] = {}
+        """Optimizer steps by slot, closed slots included."""
         self.position = 0
-        self.step = 0
         self.num_accepted = 0
         self._futures = futures
 
@@ -105,13 +102,22 @@ class Ledger:
     def snapshot(self) -> Snapshot:
         return Snapshot(
             position=self.position,
-            step=self.step,
+            steps=dict(self.steps),
             sessions=sorted(self.sessions),
             handles=list(self.handles.values()),
-            lora=self.lora,
             num_accepted=self.num_accepted,
             points=self.points,
         )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps on all slots."""
+        return sum(self.steps.values())
+
+    def adapter(self, slot: str) -> LoraSpec | None:
+        """The adapter on a slot: its first model's, since later ones had to ask for the same."""
+        made = (h for h in self.handles.values() if h.slot == slot and not h.failure)
+        return next((handle.lora for handle in made), None)
 
     def floor(self, default: int) -> int:
         """The oldest segment with an accepted request that has no result yet."""
@@ -174,11 +180,12 @@ class Ledger:
             session_id=create.session_id,
             slot=create.slot,
             kind=create.kind,
+            lora=create.lora,
+            base_model=create.base_model,
             created_by=Seen(record.request_id, record.digest),
         )
-        if create.slot == POLICY_SLOT:
+        if create.kind is not SlotKind.REFERENCE:
             self._fence(handle)
-            self.lora = self.lora or create.lora
         self.handles[handle.model_id] = handle
 
     def _fence(self, by: Handle) -> None:
@@ -204,7 +211,6 @@ class Ledger:
 
     def _complete(self, record: Completed, segment: int) -> None:
         self.position = record.position
-        self.step = record.step
         request = self.requests.pop(record.request_id, None)
         if record.request_id in self.queue:
             self.queue.remove(record.request_id)
@@ -216,6 +222,7 @@ class Ledger:
     def _note_effect(self, request: Request, record: Completed) -> None:
         """A failed forward_backward leaves a hole in the gradient; what clears that, heals it."""
         handle = self.handles[request.model_id]
+        self.steps[handle.slot] = record.step
         match request.kind:
             case OperationKind.FORWARD_BACKWARD if not record.ok:
                 handle.hole = handle.hole or Hole(request.seq, _why(record))
@@ -223,22 +230,19 @@ class Ledger:
                 handle.hole = None
             case OperationKind.LOAD_WEIGHTS if record.ok:
                 handle.hole = None
-            case OperationKind.CREATE_MODEL if not record.ok and handle.slot == POLICY_SLOT:
-                self.lora = self.lora if self._has_live_policy(handle) else None
+            case OperationKind.CREATE_MODEL if not record.ok:
+                handle.failure = _why(record)
             case OperationKind.UNLOAD_MODEL if record.ok:
                 handle.unloaded = True
             case _:
                 pass
 
-    def _has_live_policy(self, but: Handle) -> bool:
-        return any(h.slot == POLICY_SLOT and h is not but for h in self.handles.values())
-
     def _restore(self, snapshot: Snapshot) -> None:
         """Only the first record of a journal says something new; later ones repeat what is known."""
         if self.sessions or self.handles:
             return
-        self.position, self.step = snapshot.position, snapshot.step
-        self.num_accepted, self.lora = snapshot.num_accepted, snapshot.lora
+        self.position, self.steps = snapshot.position, dict(snapshot.steps)
+        self.num_accepted = snapshot.num_accepted
         self.sessions = set(snapshot.sessions)
         self.handles = {handle.model_id: handle for handle in snapshot.handles}
         self.points = list(snapshot.points)
@@ -262,4 +266,8 @@ def refusal_of(handle: Handle) -> HomefireError | None:
         )
     if handle.unloaded:
         return FailedPrecondition(f"{handle.model_id} was unloaded", hint="create a model again")
+    if handle.failure:
+        return FailedPrecondition(
+            f"{handle.model_id} was never made: {handle.failure}", hint="create a model again"
+        )
     return None

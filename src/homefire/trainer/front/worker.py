@@ -19,8 +19,9 @@ from homefire.trainer.front import operations
 from homefire.trainer.front.engine_process import Engine, EngineDied
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
-from homefire.trainer.front.live_model import LiveModel, Outcome
+from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.operations import Operation, OperationKind
+from homefire.trainer.front.outcome import Outcome
 from homefire.trainer.front.records import Completed, Handle, encode_result
 from homefire.trainer.front.recovery import Recovered, Recovery, divergence
 from homefire.trainer.front.recovery_points import RecoveryPoints
@@ -220,8 +221,14 @@ class Worker:
         except EngineDied:
             self._deaths[request.request_id] += 1
             raise
-        await self._complete(model, request, outcome)
-        self._tell(request, outcome, model, ms=1000 * self._seconds_since(started))
+        step = self._step_of(model, handle.slot)
+        await self._complete(request, outcome, step=step)
+        self._tell(request, outcome, step=step, ms=1000 * self._seconds_since(started))
+
+    def _step_of(self, model: LiveModel, slot: str) -> int:
+        """A closed slot keeps the number that it had."""
+        live = model.step_of(slot)
+        return self._ledger.steps.get(slot, 0) if live is None else live
 
     async def _outcome(
         self, model: LiveModel, request: Request, operation: Operation, handle: Handle
@@ -249,7 +256,7 @@ class Worker:
             return None
         return refusal_of(handle) or _broken_order(request, handle)
 
-    async def _complete(self, model: LiveModel, request: Request, outcome: Outcome) -> None:
+    async def _complete(self, request: Request, outcome: Outcome, *, step: int) -> None:
         """The result becomes history. A full disk holds everything up here, and loses nothing."""
         failpoint("journal.before_applied")
         record = Completed(
@@ -257,7 +264,7 @@ class Worker:
             position=self._ledger.position + 1,
             result=encode_result(outcome.result),
             ok=outcome.error is None,
-            step=model.step,
+            step=step,
             discarded=outcome.discarded,
             at=self._clock.now(),
         )
@@ -273,8 +280,8 @@ class Worker:
                 await asyncio.sleep(_STORAGE_RETRY_S)
         self._deaths.pop(request.request_id, None)
 
-    def _tell(self, request: Request, outcome: Outcome, model: LiveModel, *, ms: float) -> None:
-        common = {"model_id": request.model_id, "seq_id": request.seq, "step": model.step}
+    def _tell(self, request: Request, outcome: Outcome, *, step: int, ms: float) -> None:
+        common = {"model_id": request.model_id, "seq_id": request.seq, "step": step}
         if outcome.error is not None:
             error = outcome.error
             fields = {"kind": request.kind, "code": error.code, "message": error.message}

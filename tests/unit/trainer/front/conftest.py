@@ -139,10 +139,10 @@ class Client:
         answer = await self.http.get("/internal/status")
         return msgspec.json.decode(answer.content, type=TrainerStatus)
 
-    async def digest(self) -> str:
-        """Of the live policy's weights; call it while nothing runs."""
+    async def digest(self, slot: str = "policy") -> str:
+        """Of a slot's live weights; call it while nothing runs."""
         assert self.front.worker.model is not None
-        reply, _ = await self.front.worker.model.engine.call(WeightsDigest("policy"))
+        reply, _ = await self.front.worker.model.engine.call(WeightsDigest(slot))
         return reply.digest
 
     def events(self, name: str) -> list[dict[str, Any]]:

@@ -2,28 +2,42 @@ from __future__ import annotations
 
 import pytest
 
-from homefire.trainer.front.checkpoint_paths import StatePath, parse_state_path, session_prefix
+from homefire.trainer.front.checkpoint_paths import (
+    StatePath,
+    checkpoint_path,
+    parse_state_path,
+    session_prefix,
+)
 from homefire.wire.errors import InvalidArgument, WrongCheckpointKind
 from homefire.wire.ids import model_id
+from homefire.wire.manifest import CheckpointFamily
 
 MODEL = model_id(session_prefix("job-s-2") + "00ff", 0)
+RUN = model_id("ts-0123456789abcdef", 3)
+
+
+def parse(path: str) -> StatePath:
+    return parse_state_path(path, job="job-1", slot="own")
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("step-2", StatePath("job-1", "step-2")),
-        ("cross_job://job-9/step-2", StatePath("job-9", "step-2")),
-        (f"tinker://{MODEL}/weights/ck1", StatePath("job-s-2", "ck1")),
+        ("step-2", StatePath("own", "step-2", "job-1")),
+        ("cross_job://job-9/step-2", StatePath("policy", "step-2", "job-9")),
+        (f"tinker://{MODEL}/weights/ck1", StatePath("policy", "ck1", "job-s-2")),
+        (f"tinker://{RUN}/weights/ck1", StatePath(RUN, "ck1", None)),
+        (checkpoint_path(RUN, CheckpointFamily.STATE, "ck1"), StatePath(RUN, "ck1", None)),
     ],
 )
-def test_a_path_names_a_job_and_a_state(path: str, expected: StatePath) -> None:
-    assert parse_state_path(path, job="job-1") == expected
+def test_a_path_names_a_job_and_a_slot_and_a_state(path: str, expected: StatePath) -> None:
+    assert parse(path) == expected
 
 
-def test_a_sampler_snapshots_path_is_refused_as_such() -> None:
+@pytest.mark.parametrize("model", [MODEL, RUN])
+def test_a_sampler_snapshots_path_is_refused_as_such(model: str) -> None:
     with pytest.raises(WrongCheckpointKind, match="save_state"):
-        parse_state_path(f"tinker://{MODEL}/sampler_weights/s1", job="job-1")
+        parse(checkpoint_path(model, CheckpointFamily.SAMPLER, "s1"))
 
 
 @pytest.mark.parametrize(
@@ -34,10 +48,11 @@ def test_a_sampler_snapshots_path_is_refused_as_such() -> None:
         "cross_job://job-9",
         "cross_job://../x",
         "tinker://a/weights",
+        "tinker://../weights/x",
         "gs://b/c",
         "",
     ],
 )
 def test_what_is_no_name_is_refused(path: str) -> None:
     with pytest.raises(InvalidArgument):
-        parse_state_path(path, job="job-1")
+        parse(path)

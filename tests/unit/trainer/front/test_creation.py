@@ -9,7 +9,9 @@ from homefire.foundation.clock import ManualClock
 from homefire.trainer.front.creation import plan_creation
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.operations import CreateHandle
+from homefire.trainer.front.records import Handle, Seen
 from homefire.trainer.front.sessions import Ledger
+from homefire.trainer.front.slot_policy import slot_policy
 from homefire.wire.engine import LoraSpec, SlotKind
 from homefire.wire.errors import InvalidArgument, UnknownModel, Unsupported
 from homefire.wire.specs import TrainerMode, TrainerSpec
@@ -25,12 +27,21 @@ def plan(make_spec: Callable[..., TrainerSpec]) -> Callable[..., CreateHandle]:
         lora: LoraConfig | None = None,
         **request: Any,
     ) -> CreateHandle:
-        spec = {k: request.pop(k) for k in ("mode", "lora_rank") if k in request}
+        spec = {k: request.pop(k) for k in ("mode", "lora_rank", "pooled") if k in request}
         ledger = Ledger(Futures(ManualClock()))
-        ledger.lora = live
+        if live is not None:
+            ledger.handles["live"] = Handle(
+                model_id="live",
+                session_id="s-live",
+                slot="policy",
+                kind=SlotKind.LORA,
+                lora=live,
+                created_by=Seen("r", "d"),
+            )
+        job = make_spec(**spec)
         fields = {"base_model": "tiny", "lora_config": lora or LoraConfig(rank=rank), **request}
-        asked = CreateModel(session_id="s", model_seq_id=0, **fields)
-        return plan_creation(asked, make_spec(**spec), ledger)
+        asked = CreateModel(session_id="s", **{"model_seq_id": 0, **fields})
+        return plan_creation(asked, job, slot_policy(job, ledger))
 
     return make
 
@@ -78,6 +89,16 @@ def test_the_first_adapter_is_fixed_and_seeded_the_same_each_time(
             "is 8, this job's live adapter has 4",
         ),
         ({"optimizer_config": OptimizerConfig("dimuon")}, Unsupported, "dimuon"),
+        (
+            {
+                "mode": TrainerMode.LORA,
+                "lora": LoraConfig(train_attn=False, train_mlp=False, train_unembed=False),
+            },
+            InvalidArgument,
+            "trains nothing",
+        ),
+        ({"mode": TrainerMode.LORA, "pooled": True, "rank": 257}, InvalidArgument, "up to 256"),
+        ({"pooled": True, "rank": 8}, InvalidArgument, "8.*trains all parameters"),
     ],
 )
 def test_a_mismatch_names_what_was_asked_and_what_the_job_is(
@@ -88,3 +109,23 @@ def test_a_mismatch_names_what_was_asked_and_what_the_job_is(
 ) -> None:
     with pytest.raises(error, match=message):
         plan(**request_)
+
+
+def test_a_pooled_model_gets_a_slot_and_a_seed_of_its_own_whatever_lives_beside_it(
+    plan: Callable[..., CreateHandle],
+) -> None:
+    live = LoraSpec(rank=4)
+    first = plan(pooled=True, mode=TrainerMode.LORA, rank=8, live=live, base_model="any/name")
+    assert (first.slot, first.base_model) == ("s:train:0", "any/name")
+    assert first.lora is not None
+    assert first.lora.rank == 8
+    again = plan(pooled=True, mode=TrainerMode.LORA, rank=8)
+    assert again.lora == first.lora
+    other = plan(pooled=True, mode=TrainerMode.LORA, rank=8, model_seq_id=1)
+    assert other.lora is not None
+    assert other.lora.seed != first.lora.seed
+
+
+def test_a_pools_references_share_the_frozen_base(plan: Callable[..., CreateHandle]) -> None:
+    created = plan(pooled=True, mode=TrainerMode.LORA, rank=8, base_only=True)
+    assert (created.slot, created.lora) == ("reference", None)

@@ -12,9 +12,7 @@ from homefire.trainer.front.journal import Journal, read_journal, segment_path, 
 from homefire.trainer.front.records import Completed, Record, SessionCreated, Snapshot
 from homefire.wire.errors import DigestMismatch, StorageFailed
 
-SNAPSHOT = Snapshot(
-    position=0, step=0, sessions=[], handles=[], lora=None, num_accepted=0, points=[]
-)
+SNAPSHOT = Snapshot(position=0, steps={}, sessions=[], handles=[], num_accepted=0, points=[])
 
 
 def session(name: str, size: int = 0) -> SessionCreated:

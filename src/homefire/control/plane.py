@@ -14,12 +14,14 @@ import msgspec
 from homefire.checkpoints import DirectoryStore
 from homefire.control.capacity import Capacity
 from homefire.control.catalog import Catalog, read_aliases
+from homefire.control.checkpoint_deletion import CheckpointDeletion
 from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.deployments import Deployments, find_deployment
 from homefire.control.holding import Holder
 from homefire.control.hot_loads import HotLoads, is_settled
+from homefire.control.job_activity import Activities
 from homefire.control.jobs import Jobs
 from homefire.control.lifecycle import (
     DEPLOYMENT_IN_TRANSITION,
@@ -106,6 +108,7 @@ class ControlPlane:
         self.routes: Versioned[RouteTable] = Versioned(RouteTable(version=version), version=version)
         self._build(launcher, connect)
         self._loop: asyncio.Task[None] | None = None
+        self._pruning: asyncio.Task[None] | None = None
         self.stopping = False
 
     def _build(self, launcher: Launcher, connect: Connect) -> None:
@@ -158,7 +161,9 @@ class ControlPlane:
         )
         self.hot_loads = HotLoads(self.database, self.store, self.reconciler, self.clock, self.home)
         self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT)
-        self.records = RunRecords(self.database, self.store, self.home, self.clock)
+        self.activities = Activities(self.home)
+        self.deletion = CheckpointDeletion(self.database, self.store, self.activities)
+        self.records = RunRecords(self.database, self.store, self.home, self.clock, self.deletion)
         self.promotions = Promotions(
             database=self.database,
             store=self.store,
@@ -180,6 +185,7 @@ class ControlPlane:
         await self.reconciler.adopt()
         await self.promotions.resume()
         self._loop = asyncio.create_task(self.reconciler.run())
+        self._pruning = asyncio.create_task(self.deletion.prune_for_ever())
 
     async def stop_processes(self) -> None:
         """A clean stop: every process ends, every row stays, so that the next start resumes them.
@@ -201,6 +207,7 @@ class ControlPlane:
     async def close(self) -> None:
         """Lets go of everything; what was not stopped runs on, as it does when control is killed."""
         await self.stop_reconciling()
+        await self._stop_pruning()
         await self.promotions.close()
         await self.observations.close()
         await self.database.close()
@@ -258,6 +265,11 @@ class ControlPlane:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
+
+    async def _stop_pruning(self) -> None:
+        if self._pruning is not None:
+            self._pruning.cancel()
+            await asyncio.gather(self._pruning, return_exceptions=True)
 
     async def _publish(self, picture: Picture) -> None:
         """Gives the gateway a new table when it differs, in memory and, for its restarts, on disk."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from homefire.checkpoints import CheckpointKey, CheckpointStore
+from homefire.checkpoints import CheckpointStore
+from homefire.control.checkpoint_deletion import CheckpointDeletion
 from homefire.control.db import tables
 from homefire.control.db.database import Database
-from homefire.control.db.rows import ClientMetricsRow, DeploymentRow, EvaluationRow, JobRow
+from homefire.control.db.rows import ClientMetricsRow, EvaluationRow, JobRow
 from homefire.control.job_records import job_events, metrics_rows, replica_events
 from homefire.control.lineage import lineage_of
 from homefire.control.presentation import evaluation_resource
@@ -18,12 +19,8 @@ from homefire.foundation.clock import Clock
 from homefire.foundation.home import Home
 from homefire.wire.errors import FailedPrecondition, NotFound
 from homefire.wire.ids import new_id
-from homefire.wire.manifest import CheckpointFamily, CheckpointKind, Manifest
+from homefire.wire.manifest import Manifest
 from homefire.wire.records import Evaluation, EvaluationEntry, Lineage, MetricsEntry, MetricsRow
-from homefire.wire.resources import DeploymentState, JobState
-
-_MAY_REPLAY = frozenset({JobState.CREATING, JobState.RUNNING, JobState.CANCELLING, JobState.FAILED})
-"""Jobs whose journal may lead back to a state that was loaded since their last recovery point."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,7 @@ class RunRecords:
     store: CheckpointStore
     home: Home
     clock: Clock
+    deletion: CheckpointDeletion
 
     async def metrics(self, job: JobRow) -> list[MetricsRow]:
         """Oldest first."""
@@ -69,21 +67,17 @@ class RunRecords:
     async def delete_checkpoint(self, job: JobRow, name: str) -> None:
         """Refuses, naming it, while something rests on the checkpoint: a delta, a deployment, a job."""
         manifests = await self.checkpoints(job)
-        manifest = next((m for m in manifests if m.identity == name), None)
-        if manifest is None:
+        found = [m for m in manifests if m.identity == name]
+        if not found:
             names = ", ".join(m.identity for m in manifests) or "none"
             raise NotFound(f"job {job.id!r} has no checkpoint {name!r}", hint=f"it has: {names}")
-        jobs, deployments = await self.database.transact(
-            lambda c: (tables.jobs(c), tables.deployments(c))
-        )
-        if manifest.kind is CheckpointKind.STATE:
-            family = CheckpointFamily.STATE
-            _check_unneeded(manifest, jobs)
-        else:
-            family = CheckpointFamily.SAMPLER
-            _check_unused(manifest, manifests, deployments)
-        key = CheckpointKey(job.account, job.id, manifest.slot, family, name)
-        await asyncio.to_thread(self.store.delete, key)
+        if len(found) > 1:
+            paths = ", ".join(f"{m.slot}/{m.family}/{name}" for m in found)
+            raise FailedPrecondition(
+                f"job {job.id!r} has {len(found)} checkpoints called {name!r}: {paths}",
+                hint="delete one by its path, with `tinker checkpoint delete`",
+            )
+        await self.deletion.delete(found[0])
 
     async def lineage(self, job: JobRow) -> Lineage:
         evaluations = await self.evaluations(job.account)
@@ -101,36 +95,3 @@ class RunRecords:
             )
 
         return await asyncio.to_thread(build)
-
-
-def _check_unused(
-    manifest: Manifest, manifests: list[Manifest], deployments: list[DeploymentRow]
-) -> None:
-    name = manifest.identity
-    for other in manifests:
-        if other.parent == name:
-            raise FailedPrecondition(
-                f"snapshot {name!r} is the parent of {other.identity!r}",
-                hint=f"delete {other.identity!r} first, or promote it and then delete it",
-            )
-    for deployment in deployments:
-        location = deployment.desired.location
-        is_served = location is not None and location.job == manifest.job
-        if is_served and deployment.desired.identity == name and _is_live(deployment):
-            raise FailedPrecondition(
-                f"snapshot {name!r} is what deployment {deployment.id!r} serves",
-                hint="hot-load another snapshot, or delete the deployment",
-            )
-
-
-def _check_unneeded(manifest: Manifest, jobs: list[JobRow]) -> None:
-    for job in jobs:
-        if job.account == manifest.account and job.state in _MAY_REPLAY:
-            raise FailedPrecondition(
-                f"state {manifest.identity!r} may be needed by job {job.id!r} to recover",
-                hint="cancel that job first: it then keeps a recovery point of its own",
-            )
-
-
-def _is_live(deployment: DeploymentRow) -> bool:
-    return deployment.state not in {DeploymentState.DELETED, DeploymentState.DELETING}

@@ -259,10 +259,16 @@ class Bench:
         return self._newest(f"replica {deployment}/{number}")
 
     def save_snapshot(
-        self, identity: str, *, job: str = "j1", parent: Manifest | None = None, step: int = 1
+        self,
+        identity: str,
+        *,
+        job: str = "j1",
+        slot: str = "policy",
+        parent: Manifest | None = None,
+        step: int = 1,
     ) -> Manifest:
         """A sampler snapshot of tiny's own weights: a base, or a delta that changes nothing."""
-        key = CheckpointKey("local", job, "policy", CheckpointFamily.SAMPLER, identity)
+        key = CheckpointKey("local", job, slot, CheckpointFamily.SAMPLER, identity)
         tiny = ensure_tiny(self.home.models / "tiny")
         tensors = read_model_directory(tiny)
         self.clock.advance(1.0)
@@ -277,8 +283,8 @@ class Bench:
             return write_base(self.store, key, tensors, info, model_files=tiny)
         return write_delta(self.store, key, tensors, info, parent=parent, parent_tensors=tensors)
 
-    def save_state(self, name: str, *, job: str = "j1") -> Manifest:
-        key = CheckpointKey("local", job, "policy", CheckpointFamily.STATE, name)
+    def save_state(self, name: str, *, job: str = "j1", slot: str = "policy") -> Manifest:
+        key = CheckpointKey("local", job, slot, CheckpointFamily.STATE, name)
         tensors = read_model_directory(ensure_tiny(self.home.models / "tiny"))
         self.clock.advance(1.0)
         info = SnapshotInfo(

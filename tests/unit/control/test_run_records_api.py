@@ -201,6 +201,8 @@ async def test_a_checkpoint_goes_only_when_nothing_rests_on_it(bench: Any, contr
     bench.save_snapshot("step_2", parent=base)
     bench.save_snapshot("step_3")
     bench.save_state("mark")
+    events = EventLog(bench.home.job("j1") / "events.jsonl", bench.clock)
+    events.append("state_loaded", model_id="m", name="mark")
 
     async def delete(name: str, *, expect: int = 200) -> Any:
         return await control.call("DELETE", f"{JOB}/checkpoints/{name}", expect=expect)
@@ -225,6 +227,21 @@ async def test_a_checkpoint_goes_only_when_nothing_rests_on_it(bench: Any, contr
 
     await delete("step_2")
     await delete("step_1")
-    await control.call("DELETE", JOB)
+    for _ in range(2):
+        await delete("mark", expect=400)
+        bench.clock.advance(60.0)
+        events.append("recovery_point")
+    events.close()
     await delete("mark")
     assert await names() == ["step_3"]
+
+
+async def test_a_name_that_two_models_of_a_pool_used_is_not_guessed_at(
+    bench: Any, control: Any
+) -> None:
+    await control.create_job()
+    bench.save_snapshot("final")
+    bench.save_snapshot("final", slot="ts-1:train:0")
+    refused = await control.call("DELETE", f"{JOB}/checkpoints/final", expect=400)
+    assert "ts-1:train:0/sampler/final" in refused["error"]["hint"] + refused["error"]["message"]
+    assert len((await control.call("GET", f"{JOB}/checkpoints"))["checkpoints"]) == 2

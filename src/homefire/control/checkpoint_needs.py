@@ -1,0 +1,99 @@
+"""Why a checkpoint may not be deleted yet. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from homefire.control.db.rows import DeploymentRow, JobRow
+from homefire.control.job_activity import StateLoad
+from homefire.wire.checkpoint_paths import parse_checkpoint_path
+from homefire.wire.errors import FailedPrecondition, InvalidArgument
+from homefire.wire.manifest import CheckpointFamily, Manifest
+from homefire.wire.resources import DeploymentState, JobState
+
+MAY_REPLAY = frozenset({JobState.CREATING, JobState.RUNNING, JobState.CANCELLING, JobState.FAILED})
+"""Jobs whose journal may lead back to a state that was loaded since their last recovery point."""
+_CROSS_JOB = "cross_job://"
+_SESSION_MARK = "-s"
+_POLICY_SLOT = "policy"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What rests on checkpoints at one moment."""
+
+    deployments: Sequence[DeploymentRow]
+    jobs: Sequence[JobRow]
+    loads: Mapping[str, Sequence[StateLoad]]
+    """By job: the states that its recovery would load."""
+
+    def is_needed(self, manifest: Manifest) -> bool:
+        return self.refusal(manifest) is not None
+
+    def refusal(self, manifest: Manifest) -> FailedPrecondition | None:
+        """What stands against the deletion; a snapshot's descendants are not looked at."""
+        match manifest.family:
+            case CheckpointFamily.SAMPLER:
+                return self._served(manifest)
+            case CheckpointFamily.STATE:
+                return self._loaded(manifest)
+            case CheckpointFamily.EXTERNAL:
+                return None
+
+    def _served(self, manifest: Manifest) -> FailedPrecondition | None:
+        for deployment in self.deployments:
+            desired = deployment.desired
+            where = desired.location
+            if (
+                where is not None
+                and (where.account, where.job, where.slot)
+                == (manifest.account, manifest.job, manifest.slot)
+                and desired.identity == manifest.identity
+                and deployment.state not in {DeploymentState.DELETED, DeploymentState.DELETING}
+            ):
+                return FailedPrecondition(
+                    f"snapshot {manifest.identity!r} is what deployment {deployment.id!r} serves",
+                    hint="hot-load another snapshot, or delete the deployment",
+                )
+        return None
+
+    def _loaded(self, manifest: Manifest) -> FailedPrecondition | None:
+        for job in self.jobs:
+            if job.account != manifest.account or job.state not in MAY_REPLAY:
+                continue
+            if any(_leads_to(load, job.id, manifest) for load in self.loads.get(job.id, ())):
+                return FailedPrecondition(
+                    f"state {manifest.identity!r} may be needed by job {job.id!r} to recover",
+                    hint="try again when the job has written two more recovery points, which takes "
+                    "a few minutes of training, or cancel the job first",
+                )
+        return None
+
+
+def descendant_refusal(manifest: Manifest, others: Sequence[Manifest]) -> FailedPrecondition | None:
+    """`others` are of the same job."""
+    if manifest.family is not CheckpointFamily.SAMPLER:
+        return None
+    for other in others:
+        if other.parent == manifest.identity and other.slot == manifest.slot:
+            return FailedPrecondition(
+                f"snapshot {manifest.identity!r} is the parent of {other.identity!r}",
+                hint=f"delete {other.identity!r} first, or promote it and then delete it",
+            )
+    return None
+
+
+def _leads_to(load: StateLoad, job: str, manifest: Manifest) -> bool:
+    """Whether what `job` loaded is this state."""
+    if load.path.startswith(_CROSS_JOB):
+        source, _, name = load.path.removeprefix(_CROSS_JOB).partition("/")
+        return (source, _POLICY_SLOT, name) == (manifest.job, manifest.slot, manifest.identity)
+    try:
+        path = parse_checkpoint_path(load.path)
+    except InvalidArgument:
+        return (job, load.path) == (manifest.job, manifest.identity)
+    dedicated = path.run.partition(":")[0].rpartition(_SESSION_MARK)[0]
+    if dedicated:
+        return (dedicated, path.name) == (manifest.job, manifest.identity)
+    return (path.run, path.name) == (manifest.slot, manifest.identity)

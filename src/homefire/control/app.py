@@ -24,6 +24,7 @@ from homefire.control.routes import (
     jobs,
     models,
     shapes,
+    tinker,
 )
 from homefire.http.app import service_app
 from homefire.http.bodies import json_response
@@ -43,6 +44,7 @@ ENDPOINTS: list[Endpoint] = [
     *hot_load.ENDPOINTS,
     *homefire.ENDPOINTS,
     *inference.ENDPOINTS,
+    *tinker.ENDPOINTS,
     *internal.ENDPOINTS,
     Endpoint("GET", "/v1/openapi.json", openapi, "This document"),
 ]

@@ -181,7 +181,7 @@ class Deployments:
             if resized or row.state is DeploymentState.FAILED:
                 to = deployment_after(row, DeploymentEvent.RESIZED)
                 tables.advance_deployment(connection, row, to, message="", now=now)
-                _forgive_replicas(connection, row)
+                forgive_replicas(connection, row)
             return find_deployment(connection, account, deployment_id)
 
         changed = await self.database.transact(work)
@@ -262,7 +262,7 @@ def find_deployment(
     return row
 
 
-def _forgive_replicas(connection: sqlite3.Connection, deployment: DeploymentRow) -> None:
+def forgive_replicas(connection: sqlite3.Connection, deployment: DeploymentRow) -> None:
     """Deaths before the user's request do not count against what is started after it."""
     for replica in tables.replicas(connection):
         if replica.deployment == deployment.id:

@@ -30,7 +30,11 @@ class JobEvent(StrEnum):
     CANCEL = "cancel"
     """The user asked to stop it."""
     RESUME = "resume"
-    """The user asked to go on."""
+    """The user asked to go on, or a request came for a parked one."""
+    PARK = "park"
+    """Nobody used this trainer of the root plane for a while."""
+    REVIVE = "revive"
+    """A deleted trainer of the root plane is needed again."""
     DELETE = "delete"
     """The user asked to delete it."""
     STOPPED = "stopped"
@@ -43,6 +47,7 @@ JOB_TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (J.PENDING, E.ADMITTED): J.CREATING,
     (J.PENDING, E.CANCEL): J.CANCELLED,
     (J.PENDING, E.DELETE): J.DELETING,
+    (J.PENDING, E.PARK): J.PAUSED,
     (J.CREATING, E.READY): J.RUNNING,
     (J.CREATING, E.FAILED): J.FAILED,
     (J.CREATING, E.CANCEL): J.CANCELLING,
@@ -50,6 +55,7 @@ JOB_TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (J.RUNNING, E.FAILED): J.FAILED,
     (J.RUNNING, E.CANCEL): J.CANCELLING,
     (J.RUNNING, E.DELETE): J.DELETING,
+    (J.RUNNING, E.PARK): J.PAUSED,
     (J.CANCELLING, E.STOPPED): J.CANCELLED,
     (J.CANCELLING, E.DELETE): J.DELETING,
     (J.CANCELLED, E.RESUME): J.PENDING,
@@ -65,6 +71,7 @@ JOB_TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (J.EARLY_STOPPED, E.RESUME): J.PENDING,
     (J.EARLY_STOPPED, E.DELETE): J.DELETING,
     (J.DELETING, E.STOPPED): J.DELETED,
+    (J.DELETED, E.REVIVE): J.PENDING,
 }
 """A pair that is missing cannot happen; asked for by a user, it is a FailedPrecondition."""
 

@@ -14,6 +14,7 @@ from homefire.control.lifecycle import (
 )
 from homefire.control.watch import Connect, Watch, replica_essence, trainer_essence
 from homefire.control.world import ReplicaKey
+from homefire.http.client import ServiceClient
 from homefire.launch import Launcher, ProcessRecord
 from homefire.wire.internal import ReplicaStatus, TrainerState, TrainerStatus
 from homefire.wire.resources import JobState
@@ -106,6 +107,13 @@ class Observations:
     def replica_watch(self, key: ReplicaKey) -> tuple[Watch[ReplicaStatus], Signals] | None:
         watch = self._replicas.get(key)
         return None if watch is None else (watch, self._signals[key])
+
+    def trainer_client(self, job_id: str) -> ServiceClient | None:
+        """To speak to a trainer that proved itself and has not ended."""
+        watch = self._trainers.get(job_id)
+        if watch is None or watch.status is None or watch.ended is not None:
+            return None
+        return watch.client
 
     async def refresh(self) -> None:
         """Statuses change their counts all the time without waking us; this brings them up to date."""

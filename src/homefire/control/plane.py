@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +39,10 @@ from homefire.control.replica_keeper import ReplicaKeeper
 from homefire.control.routing import route_table
 from homefire.control.run_records import RunRecords
 from homefire.control.status import status_report
+from homefire.control.tinker.plane import TinkerPlane
 from homefire.control.trainer_keeper import TrainerKeeper
 from homefire.control.watch import Connect
-from homefire.control.world import Picture
+from homefire.control.world import Picture, World
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.durable import write_private
 from homefire.foundation.home import Home
@@ -145,6 +147,7 @@ class ControlPlane:
             ),
             clock=self.clock,
             publish=self._publish,
+            tend=self._tend,
             woken=woken,
         )
         self.holder = Holder(self.reconciler.passes, hold_s=self.config.hold_s)
@@ -164,6 +167,17 @@ class ControlPlane:
         self.activities = Activities(self.home)
         self.deletion = CheckpointDeletion(self.database, self.store, self.activities)
         self.records = RunRecords(self.database, self.store, self.home, self.clock, self.deletion)
+        self.tinker = TinkerPlane(
+            database=self.database,
+            store=self.store,
+            catalog=self.catalog,
+            models=self.models,
+            observations=self.observations,
+            reconciler=self.reconciler,
+            capacity=self.capacity,
+            clock=self.clock,
+            pool_idle_s=self.spec.pool_idle_s,
+        )
         self.promotions = Promotions(
             database=self.database,
             store=self.store,
@@ -242,6 +256,18 @@ class ControlPlane:
 
         await self.holder.hold(is_routed, settled=bool)
 
+    async def until_route_is_current(self, account: str, resource: str) -> None:
+        """Returns when the gateway's table has a root job or sampler in the state of its row."""
+        key = f"{account}/{resource}"
+
+        async def is_current() -> bool:
+            table = self.routes.get()
+            route = table.trainers.get(key) or table.deployments.get(key)
+            state = await self.database.transact(lambda c: _state_of(c, resource))
+            return route is not None and route.state == state
+
+        await self.holder.hold(is_current, settled=bool)
+
     async def deployment_view(self, account: str, deployment_id: str) -> DeploymentView:
         row, replicas = await self.database.transact(
             lambda c: (find_deployment(c, account, deployment_id), tables.replicas(c))
@@ -271,6 +297,9 @@ class ControlPlane:
             self._pruning.cancel()
             await asyncio.gather(self._pruning, return_exceptions=True)
 
+    async def _tend(self, world: World) -> tuple[bool, float | None]:
+        return await self.tinker.tend(world)
+
     async def _publish(self, picture: Picture) -> None:
         """Gives the gateway a new table when it differs, in memory and, for its restarts, on disk."""
         current = self.routes.get()
@@ -292,3 +321,8 @@ class ControlPlane:
         versioned = msgspec.structs.replace(table, version=self.routes.version + 1)
         self.routes.set(versioned)
         return versioned
+
+
+def _state_of(connection: sqlite3.Connection, resource: str) -> str | None:
+    row = tables.job(connection, resource) or tables.deployment(connection, resource)
+    return None if row is None else row.state.value

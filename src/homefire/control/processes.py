@@ -10,6 +10,7 @@ import msgspec
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.foundation.home import Home
 from homefire.launch import ProcessSpec
+from homefire.wire.pooled import sampler_id
 from homefire.wire.specs import EngineKind, ReplicaSpec, TrainerSpec, Upstream
 
 
@@ -40,6 +41,8 @@ class ProcessPlan:
             store_root=str(self.home.store),
             job_dir=str(directory),
             engine=self.engine,
+            pooled=config.pooled,
+            sampler=sampler_id(job.id) if config.pooled else "",
         )
         return ProcessSpec(
             name=name,
@@ -70,6 +73,7 @@ class ProcessPlan:
             store_root=str(self.home.store),
             replica_dir=str(directory),
             engine=self.engine,
+            samples_job=config.samples_job,
         )
         return ProcessSpec(
             name=name,

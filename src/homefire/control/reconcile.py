@@ -18,7 +18,7 @@ from homefire.control.observations import Observations
 from homefire.control.process_keeper import ProcessKeeper
 from homefire.control.replica_keeper import ReplicaKeeper
 from homefire.control.trainer_keeper import TrainerKeeper
-from homefire.control.world import Picture, read_world
+from homefire.control.world import Picture, World, read_world
 from homefire.foundation.clock import Clock
 from homefire.foundation.versioned import Versioned
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _AFTER_FAILURE_S = 1.0
 
 Publish = Callable[[Picture], Awaitable[None]]
+Tend = Callable[[World], Awaitable[tuple[bool, float | None]]]
+"""Whether rows changed, and when to be called again though nothing happens."""
 
 
 class Reconciler:
@@ -41,6 +43,7 @@ class Reconciler:
         replicas: ReplicaKeeper,
         clock: Clock,
         publish: Publish,
+        tend: Tend,
         woken: asyncio.Event,
     ) -> None:
         self._database = database
@@ -50,6 +53,7 @@ class Reconciler:
         self._replicas = replicas
         self._clock = clock
         self._publish = publish
+        self._tend = tend
         self._woken = woken
         self._ending = False
         self.passes: Versioned[int] = Versioned(0)
@@ -91,12 +95,14 @@ class Reconciler:
         """One pass. Returns when to look again though nothing happened; None: not before."""
         await self._follow()
         picture = await self.look()
-        changed, due = await self._act(picture)
+        acted, act_at = await self._act(picture)
+        tended, tend_at = await self._tend(picture.world)
+        changed = acted or tended
         await self._publish(await self.look() if changed else picture)
         self.passes.set(self.passes.get() + 1)
         if changed:
             self.wake()
-        return due
+        return min((at for at in (act_at, tend_at) if at is not None), default=None)
 
     async def stop_all(self) -> None:
         """A clean stop: every process ends, every row stays as the next start resumes it."""

@@ -18,13 +18,18 @@ from starlette.types import ASGIApp
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.home import Home
 from homefire.gateway.caller import Plane
+from homefire.gateway.control_calls import ControlCalls
 from homefire.gateway.control_plane import ControlPlane
 from homefire.gateway.hosts import HostList
 from homefire.gateway.inference_plane import InferencePlane
 from homefire.gateway.proxy import Proxy
+from homefire.gateway.root_plane import RootPlane
+from homefire.gateway.root_samplers import RootSamplers
+from homefire.gateway.root_trainers import RootTrainers
 from homefire.gateway.route_feed import RouteFeed, read_saved_table
 from homefire.gateway.routing import Holds, Router
 from homefire.gateway.shell import GatewayShell
+from homefire.gateway.trainers import Trainers
 from homefire.gateway.training_plane import TrainingPlane
 from homefire.gateway.upstreams import Upstreams
 from homefire.http.app import answer_error
@@ -42,7 +47,9 @@ def gateway_app(
     feed = RouteFeed(
         spec.control, upstreams, saved=read_saved_table(Home(Path(spec.home)).routes_file)
     )
-    router = Router(feed, Proxy(upstreams), clock or SystemClock(), holds or Holds())
+    clock, holds = clock or SystemClock(), holds or Holds()
+    router = Router(feed, Proxy(upstreams), clock, holds)
+    calls = ControlCalls(feed, clock, holds)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -52,10 +59,11 @@ def gateway_app(
         finally:
             following.cancel()
             await asyncio.wait({following})
+            await calls.close()
             await upstreams.close()
 
     app = Starlette(
-        routes=gateway_routes(router, upstreams, nonce=spec.nonce),
+        routes=gateway_routes(router, upstreams, calls, nonce=spec.nonce),
         lifespan=lifespan,
         exception_handlers={
             HomefireError: answer_error,
@@ -71,9 +79,19 @@ def gateway_app(
     )
 
 
-def gateway_routes(router: Router, upstreams: Upstreams, *, nonce: str) -> list[BaseRoute]:
-    control = Plane(ControlPlane(router).answer)
-    training = Plane(TrainingPlane(router).answer)
+def gateway_routes(
+    router: Router, upstreams: Upstreams, calls: ControlCalls, *, nonce: str
+) -> list[BaseRoute]:
+    control_plane, trainers = ControlPlane(router), Trainers(router)
+    root_plane = RootPlane(
+        trainers=RootTrainers(trainers, calls, upstreams),
+        samplers=RootSamplers(router, calls, upstreams),
+        control=control_plane,
+        calls=calls,
+    )
+    control = Plane(control_plane.answer)
+    root = Plane(root_plane.answer)
+    training = Plane(TrainingPlane(trainers).answer)
     inference = Plane(InferencePlane(router, upstreams).answer)
 
     async def internal_health(_: Request) -> Response:
@@ -90,8 +108,8 @@ def gateway_routes(router: Router, upstreams: Upstreams, *, nonce: str) -> list[
         Route("/inference/v1/models/{model:path}", control),
         Route("/hot_load/v1/models/hot_load", control),
         Route("/v1/{path:path}", control),
-        Route("/api/v1/{path:path}", _refuse_pooled, methods=_EVERY_METHOD),
-        Route("/training/v1/serverless/{path:path}", _refuse_pooled, methods=_EVERY_METHOD),
+        Route("/api/v1/{operation:path}", root),
+        Route("/training/v1/serverless/{path:path}", _refuse_serverless, methods=_EVERY_METHOD),
         Route("/healthz", _healthz),
         Route("/internal/health", internal_health),
     ]
@@ -104,9 +122,8 @@ async def _healthz(_: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-async def _refuse_pooled(request: Request) -> Response:
-    url = f"{request.url.scheme}://{request.url.netloc}/training/v1/rlorTrainerJobs"
+async def _refuse_serverless(request: Request) -> Response:
     raise Unsupported(
-        f"{request.url.path}: pooled trainers are not served, only the trainers of jobs",
-        hint=f"create a trainer job and use {url}/{request.state.account}/<job> as base URL",
+        f"{request.url.path}: serverless training is the hosted service's",
+        hint="use the root Tinker plane at /api/v1, or create a trainer job",
     )

@@ -54,6 +54,10 @@ class RequestBody:
         self._head = b"".join(chunks)
         return self._head
 
+    def replace(self, content: bytes) -> None:
+        """Sends `content` instead of what `read` returned."""
+        self._head = content
+
     async def client_gone(self) -> None:
         """Returns when the client has hung up; until then it blocks."""
         await self._ended.wait()

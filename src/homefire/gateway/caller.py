@@ -37,6 +37,14 @@ class Caller:
     def path_parameter(self, name: str) -> str:
         return self.scope["path_params"][name]
 
+    def replace_body(self, content: bytes) -> None:
+        """Forwards `content` in place of the body that was read whole, with the headers that fit."""
+        self.body.replace(content)
+        changed = {b"content-length": str(len(content)).encode()}
+        self.headers = Headers(
+            raw=[(name, changed.get(name, value)) for name, value in self.headers.raw]
+        )
+
     async def start_answer(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         await self._send(
             {"type": "http.response.start", "status": status, "headers": list(headers)}

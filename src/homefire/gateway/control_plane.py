@@ -15,14 +15,16 @@ class ControlPlane:
 
     async def answer(self, caller: Caller) -> None:
         try:
-            await self._router.forward(
-                caller, caller.target, self._choose, hold_s=self._router.holds.request_s
-            )
+            await self.forward(caller, hold_s=self._router.holds.request_s)
         except (UpstreamDown, UpstreamLost) as exc:
             raise Unavailable(
                 f"control does not answer ({exc})",
                 hint="trainers and deployments go on; retry in a second",
             ) from exc
+
+    async def forward(self, caller: Caller, *, hold_s: float) -> None:
+        """Raises UpstreamDown, UpstreamLost."""
+        await self._router.forward(caller, caller.target, self._choose, hold_s=hold_s)
 
     def _choose(self, refused: frozenset[str]) -> Upstream | None:
         control = self._router.feed.control

@@ -55,6 +55,15 @@ class Router:
                 raise UpstreamDown(f"no answer within {hold_s:g} s")
             await self.feed.change(after=seen, timeout_s=min(left_s, self.holds.look_again_s))
 
+    async def wait(self, until: Callable[[], bool], *, hold_s: float) -> None:
+        """Returns when `until` holds of the current table; raises UpstreamDown after `hold_s`."""
+        deadline = self._clock.monotonic() + hold_s
+        while not until():
+            left_s = deadline - self._clock.monotonic()
+            if left_s <= 0:
+                raise UpstreamDown(f"not within {hold_s:g} s")
+            await self.feed.change(after=self.feed.version, timeout_s=left_s)
+
     async def _try_each(self, caller: Caller, target: str, choose: Choose) -> bool:
         refused: frozenset[str] = frozenset()
         while (upstream := choose(refused)) is not None:

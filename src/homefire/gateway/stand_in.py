@@ -23,14 +23,13 @@ _ENDED = frozenset(
         JobState.EARLY_STOPPED,
         JobState.EXPIRED,
         JobState.IDLE,
-        JobState.PAUSED,
         JobState.DELETING,
         JobState.DELETING_CLEANING_UP,
         JobState.DELETED,
         JobState.ARCHIVED,
     }
 )
-"""States in which no front comes back by itself."""
+"""States in which no front comes back by itself; a paused one is woken by the request."""
 
 Answer = tuple[int, dict[str, Any]]
 """Status and JSON body."""
@@ -77,7 +76,9 @@ def _answer_ended(operation: str, job: str, route: TrainerRoute) -> Answer:
     if operation == "healthz":
         raise Unavailable(text)
     raise FailedPrecondition(
-        text, hint="resume it with `POST …:resume` or TrainerJobManager.reconnect_and_wait"
+        text,
+        hint="resume it with `POST …:resume` or TrainerJobManager.reconnect_and_wait; a model that is"
+        " created at the root starts its trainer again",
     )
 
 

@@ -34,11 +34,11 @@ async def read_body(request: Request, *, max_bytes: int = MAX_BODY_BYTES) -> byt
         chunks.append(chunk)
     body = b"".join(chunks)
     if request.headers.get("content-encoding", "").lower() == "zstd":
-        body = await asyncio.to_thread(_decompress, body)
+        body = await asyncio.to_thread(decompress_zstd, body)
     return body
 
 
-def _decompress(body: bytes) -> bytes:
+def decompress_zstd(body: bytes) -> bytes:
     reader = zstandard.ZstdDecompressor().stream_reader(body)
     try:
         data = reader.read(MAX_DECOMPRESSED_BYTES + 1)

@@ -31,6 +31,7 @@ class CreateSession(msgspec.Struct, frozen=True):
     tags: list[str] | None = None
     user_metadata: dict[str, Any] | None = None
     sdk_version: str | None = None
+    project_id: str | None = None
     display_name: str | None = None
 
 

@@ -91,6 +91,8 @@ class Control:
     def __init__(self, upstream: Upstream) -> None:
         self.table = RouteTable(version=1, keys=KEYS)
         self._changed = asyncio.Event()
+        self.answer_root: Answer = echo
+        """What control says to the gateway's own questions about the root plane."""
         self.service = Service(upstream, self._answer)
 
     def publish(self, **changes: Any) -> None:
@@ -100,6 +102,8 @@ class Control:
         self._changed = asyncio.Event()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path.startswith("/internal/tinker/"):
+            return await self.answer_root(request)
         if request.path != "/internal/routes":
             return await echo(request)
         if request.query.get("after") == str(self.table.version):

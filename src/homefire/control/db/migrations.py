@@ -108,10 +108,12 @@ CREATE TABLE tinker_runs (
     user_metadata TEXT NOT NULL,
     source_path TEXT,
     created_at REAL NOT NULL,
-    last_request_at REAL NOT NULL
+    last_request_at REAL NOT NULL,
+    closed_at REAL
 );
 CREATE INDEX tinker_runs_of_account ON tinker_runs (account, created_at);
 CREATE INDEX tinker_runs_of_session ON tinker_runs (session);
+CREATE INDEX open_tinker_runs ON tinker_runs (job) WHERE closed_at IS NULL;
 CREATE TABLE sampling_sessions (
     id TEXT PRIMARY KEY,
     account TEXT NOT NULL,

@@ -61,6 +61,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_rank: int
     max_context_length: int
     need: Need
+    pooled: bool = False
+    """A trainer of the root Tinker plane: its models have slots of their own."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +98,8 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True):
     region: str | None = None
     for_training: bool = False
     annotations: dict[str, str] = {}
+    samples_job: str = ""
+    """A sampler of the root Tinker plane: the job whose snapshots its sampling sessions name."""
 
 
 class DesiredWeights(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,6 +226,8 @@ class TinkerRunRow(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     last_request_at: float
     """Of a request that control saw: creation, and routing after a restart of the gateway."""
+    closed_at: float | None = None
+    """When its trainer was told that the session is over and let go of its weights."""
 
 
 class SamplingSessionRow(msgspec.Struct, frozen=True, kw_only=True):

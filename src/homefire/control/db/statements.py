@@ -243,3 +243,29 @@ SAMPLING_SESSION = "SELECT * FROM sampling_sessions WHERE id = ?"
 SAMPLING_SESSIONS_OF_SESSION = """
 SELECT * FROM sampling_sessions WHERE session = ? ORDER BY created_at, rowid
 """
+
+# Finished sessions that a running trainer still keeps the weights of.
+UNCLOSED_TINKER_RUNS = """
+SELECT DISTINCT runs.session AS session, runs.job AS job
+FROM tinker_runs AS runs
+JOIN tinker_sessions AS sessions ON sessions.id = runs.session
+JOIN jobs ON jobs.id = runs.job
+WHERE runs.closed_at IS NULL AND sessions.finished_at IS NOT NULL
+    AND jobs.state = 'JOB_STATE_RUNNING'
+"""
+
+# The trainer was told.
+CLOSE_TINKER_RUNS = """
+UPDATE tinker_runs SET closed_at = :now WHERE session = :session AND job = :job AND closed_at IS NULL
+"""
+
+# Sessions that may still be there, and the jobs that they train in or sample from.
+LIVE_TINKER_SESSIONS = """
+SELECT sessions.id AS session, sessions.heartbeat_at AS heartbeat_at, runs.job AS service
+FROM tinker_sessions AS sessions JOIN tinker_runs AS runs ON runs.session = sessions.id
+WHERE sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
+UNION
+SELECT sessions.id, sessions.heartbeat_at, sampling.sampler
+FROM tinker_sessions AS sessions JOIN sampling_sessions AS sampling ON sampling.session = sessions.id
+WHERE sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
+"""

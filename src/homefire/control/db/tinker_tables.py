@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import sqlite3
+from typing import NamedTuple
 
 from homefire.control.db import statements as sql
 from homefire.control.db.columns import changed, columns, every, insert, one
 from homefire.control.db.rows import SamplingSessionRow, TinkerRunRow, TinkerSessionRow
 
 Connection = sqlite3.Connection
+
+
+class UnclosedRuns(NamedTuple):
+    """The runs of a finished session in one running job."""
+
+    session: str
+    job: str
+
+
+class LiveSession(NamedTuple):
+    """An unfinished session and one of the jobs or samplers that it uses."""
+
+    session: str
+    service: str
+    heartbeat_at: float
 
 
 def insert_session(connection: Connection, session: TinkerSessionRow) -> None:
@@ -55,6 +71,20 @@ def runs_of_session(connection: Connection, session_id: str) -> list[TinkerRunRo
 def touch_run(connection: Connection, run_id: str, *, last_request_at: float) -> None:
     values = {"id": run_id, "last_request_at": last_request_at}
     connection.execute(sql.TOUCH_TINKER_RUN, values)
+
+
+def unclosed_runs(connection: Connection) -> list[UnclosedRuns]:
+    rows = connection.execute(sql.UNCLOSED_TINKER_RUNS)
+    return [UnclosedRuns(row["session"], row["job"]) for row in rows]
+
+
+def close_runs(connection: Connection, *, session: str, job: str, now: float) -> None:
+    connection.execute(sql.CLOSE_TINKER_RUNS, {"session": session, "job": job, "now": now})
+
+
+def live_sessions(connection: Connection, *, since: float) -> list[LiveSession]:
+    rows = connection.execute(sql.LIVE_TINKER_SESSIONS, {"since": since})
+    return [LiveSession(row["session"], row["service"], row["heartbeat_at"]) for row in rows]
 
 
 def insert_sampling_session(connection: Connection, session: SamplingSessionRow) -> None:

@@ -9,9 +9,9 @@ from homefire.control.endpoints import Endpoint
 from homefire.control.paging import integer
 from homefire.control.plane import ControlPlane
 from homefire.foundation.process import this_process
-from homefire.http.bodies import json_response
+from homefire.http.bodies import json_response, read_json
 from homefire.wire.errors import InvalidArgument
-from homefire.wire.internal import RouteTable, ServiceHealth
+from homefire.wire.internal import NewRun, RouteTable, RunPlace, ServiceHealth, Wake
 
 LONGEST_WAIT_S = 25.0
 
@@ -27,6 +27,24 @@ async def routes(plane: ControlPlane, request: Request) -> Response:
     wait_s = 0.0 if plane.stopping else _seconds(query.get("wait_s"))
     _, table = await plane.routes.wait_beyond(after=None if after < 0 else after, timeout_s=wait_s)
     return json_response(table)
+
+
+async def place_run(plane: ControlPlane, request: Request) -> Response:
+    """A root session creates a model: which job trains it, found, made or woken up."""
+    new = await read_json(request, NewRun)
+    place = await plane.tinker.runs.place(new)
+    await plane.until_route_is_current(new.account, place.job)
+    return json_response(place)
+
+
+async def find_run(plane: ControlPlane, request: Request) -> Response:
+    account = request.query_params.get("account", "")
+    return json_response(await plane.tinker.runs.find(account, request.path_params["run"]))
+
+
+async def wake(plane: ControlPlane, request: Request) -> Response:
+    await plane.tinker.wake(await read_json(request, Wake))
+    return json_response({})
 
 
 def _seconds(text: str | None) -> float:
@@ -46,5 +64,19 @@ ENDPOINTS = [
         "The gateway's routing table",
         RouteTable,
         query=("after", "wait_s"),
+    ),
+    Endpoint(
+        "POST", "/internal/tinker/runs", place_run, "The job of a new run", RunPlace, body=NewRun
+    ),
+    Endpoint(
+        "GET",
+        "/internal/tinker/runs/{run}",
+        find_run,
+        "The job of a run",
+        RunPlace,
+        query=("account",),
+    ),
+    Endpoint(
+        "POST", "/internal/tinker/wake", wake, "A request came for something parked", body=Wake
     ),
 ]

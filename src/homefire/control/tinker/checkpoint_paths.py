@@ -1,0 +1,123 @@
+"""Where a path that the root plane's clients give lies in the store.
+
+tinker://ts-3f…:train:0/weights/step-2            a state of a run of the root plane
+tinker://ts-3f…:train:0/sampler_weights/step-2    a sampler snapshot of it
+tinker://job-3f…-s9c…:train:0/…                   the same of a dedicated job, whose slot is `policy`
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+import msgspec
+
+from homefire.checkpoints import CheckpointKey, CheckpointStore
+from homefire.control.db import tables, tinker_tables
+from homefire.control.db.rows import JobRow, TinkerRunRow
+from homefire.wire.errors import InvalidArgument, UnknownSnapshot, WrongCheckpointKind
+from homefire.wire.ids import check_name
+from homefire.wire.manifest import CheckpointFamily
+from homefire.wire.pooled import SESSION_PREFIX
+
+_SCHEME = "tinker://"
+_FAMILIES = {"weights": CheckpointFamily.STATE, "sampler_weights": CheckpointFamily.SAMPLER}
+_DEDICATED_SLOT = "policy"
+_DEDICATED_MARK = "-s"
+
+
+class CheckpointPath(msgspec.Struct, frozen=True):
+    """Example: CheckpointPath("ts-3f…:train:0", CheckpointFamily.STATE, "step-2")."""
+
+    run: str
+    family: CheckpointFamily
+    name: str
+
+
+class CheckpointHome(msgspec.Struct, frozen=True):
+    """The job and the slot that a run's checkpoints lie in."""
+
+    job: JobRow
+    slot: str
+    run: TinkerRunRow | None
+    """None: of a dedicated job."""
+
+    def key(self, path: CheckpointPath) -> CheckpointKey:
+        return CheckpointKey(self.job.account, self.job.id, self.slot, path.family, path.name)
+
+
+def parse_checkpoint_path(path: str, *, field: str) -> CheckpointPath:
+    parts = path.removeprefix(_SCHEME).split("/")
+    if not path.startswith(_SCHEME) or len(parts) != 3 or parts[1] not in _FAMILIES:
+        raise InvalidArgument(
+            f"{path[:300]!r} is no checkpoint path",
+            hint="write tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>",
+            field=field,
+        )
+    run, family, name = parts
+    return CheckpointPath(
+        check_name(run, field=field), _FAMILIES[family], check_name(name, field=field)
+    )
+
+
+def state_path(path: str, *, field: str) -> CheckpointPath:
+    """A path that training can be resumed from."""
+    parsed = parse_checkpoint_path(path, field=field)
+    if parsed.family is not CheckpointFamily.STATE:
+        raise WrongCheckpointKind(
+            f"{path!r} is a sampler snapshot: it has no optimizer and rounded weights",
+            hint="load a state that save_state wrote",
+            field=field,
+        )
+    return parsed
+
+
+def sampler_path(path: str, *, field: str) -> CheckpointPath:
+    """A path that can be sampled from."""
+    parsed = parse_checkpoint_path(path, field=field)
+    if parsed.family is not CheckpointFamily.SAMPLER:
+        raise WrongCheckpointKind(
+            f"{path!r} is a training state, which no sampler loads",
+            hint="save one with save_weights_for_sampler",
+            field=field,
+        )
+    return parsed
+
+
+def find_home(
+    connection: sqlite3.Connection, account: str, path: CheckpointPath, *, field: str
+) -> CheckpointHome:
+    """UnknownSnapshot, also for another account's run."""
+    run = tinker_tables.run(connection, path.run)
+    job_id, slot = (run.job, run.id) if run else (_dedicated_job(path.run), _DEDICATED_SLOT)
+    job = tables.job(connection, job_id) if job_id else None
+    if job is None or job.account != account:
+        raise UnknownSnapshot(
+            f"training run {path.run!r} does not exist in account {account!r}",
+            hint="`tinker run list` shows the runs of this account",
+            field=field,
+        )
+    return CheckpointHome(job, slot, run)
+
+
+def check_exists(
+    store: CheckpointStore, home: CheckpointHome, path: CheckpointPath, *, field: str
+) -> CheckpointKey:
+    """UnknownSnapshot names some that exist. Blocks on the disk."""
+    key = home.key(path)
+    if store.exists(key):
+        return key
+    manifests = store.list(key.account, key.job, slot=key.slot, family=key.family)
+    known = ", ".join(manifest.identity for manifest in manifests[-5:])
+    kind = "saved state" if path.family is CheckpointFamily.STATE else "sampler snapshot"
+    raise UnknownSnapshot(
+        f"training run {path.run} has no {kind} {path.name!r}",
+        hint=f"it has {known}" if known else "it has none yet",
+        field=field,
+    )
+
+
+def _dedicated_job(run: str) -> str | None:
+    """The job of a dedicated trainer's model id; its session ids begin with the job's."""
+    if run.startswith(SESSION_PREFIX):
+        return None
+    return run.partition(":")[0].rpartition(_DEDICATED_MARK)[0] or None

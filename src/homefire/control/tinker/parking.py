@@ -1,0 +1,183 @@
+"""Parking: what nobody used for a while stops behind a recovery point and holds no capacity.
+
+In use is what works, what has work waiting, and what a live session trains in or samples from. A
+parked trainer or sampler keeps its id, its runs and its snapshots; the next request that names it
+wakes it up.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from homefire.control.db import tables, tinker_tables
+from homefire.control.db.database import Database
+from homefire.control.db.rows import DeploymentRow, JobRow
+from homefire.control.db.tinker_tables import LiveSession
+from homefire.control.lifecycle import (
+    DeploymentEvent,
+    JobEvent,
+    SeenReplica,
+    deployment_after,
+    job_after,
+)
+from homefire.control.observations import Observations
+from homefire.control.tinker.sessions import HEARTBEAT_ROW_S, Sessions
+from homefire.control.world import World
+from homefire.foundation.clock import Clock
+from homefire.wire.internal import TrainerStatus
+from homefire.wire.pooled import job_of_sampler
+from homefire.wire.resources import DeploymentState, JobState
+
+_LOOKS_PER_IDLE_TIME = 4
+_PARKABLE = frozenset({JobState.PENDING, JobState.RUNNING})
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a service has done so far, as a number that changes with every request."""
+
+    count: int
+    is_busy: bool
+
+
+class Parking:
+    """Called after every pass of the reconciler; it looks at the sessions a few times per idle time."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        observations: Observations,
+        sessions: Sessions,
+        clock: Clock,
+        idle_s: float,
+    ) -> None:
+        """`idle_s` 0: nothing is ever parked."""
+        self._database = database
+        self._observations = observations
+        self._sessions = sessions
+        self._clock = clock
+        self._idle_s = idle_s
+        self._counts: dict[str, int] = {}
+        self._used_at: dict[str, float] = {}
+        """Unix time at which each root job and sampler was last seen in use."""
+        self._next_look = 0.0
+
+    async def park_idle(self, world: World) -> tuple[bool, float | None]:
+        """Says whether something was parked, and when to look again."""
+        now = self._clock.now()
+        jobs = [job for job in world.jobs if job.config.pooled and job.state in _PARKABLE]
+        samplers = [row for row in world.deployments if is_parkable_sampler(row)]
+        if not self._idle_s or not (jobs or samplers):
+            return False, None
+        if now < self._next_look:
+            return False, self._next_look
+        self._next_look = now + self._idle_s / _LOOKS_PER_IDLE_TIME
+        await self._note_use(world, jobs, samplers, now=now)
+        idle_jobs = [job for job in jobs if self._is_idle(job.id, now)]
+        idle_samplers = [row for row in samplers if self._is_idle(row.id, now)]
+        if idle_jobs or idle_samplers:
+            await self._database.transact(
+                lambda c: self._park(c, idle_jobs, idle_samplers, now=now)
+            )
+        return bool(idle_jobs or idle_samplers), self._next_look
+
+    async def _note_use(
+        self,
+        world: World,
+        jobs: Iterable[JobRow],
+        samplers: Iterable[DeploymentRow],
+        *,
+        now: float,
+    ) -> None:
+        await self._observations.refresh()
+        since = now - self._idle_s - HEARTBEAT_ROW_S
+        live = await self._database.transact(lambda c: tinker_tables.live_sessions(c, since=since))
+        heard = self._last_heard(live)
+        for job in jobs:
+            status = self._observations.trainer(job).status
+            self._note(job.id, trainer_activity(status), job.updated_at, heard, now=now)
+        for row in samplers:
+            numbers = [replica.number for replica in world.replicas_of(row)]
+            seen = [self._observations.replica(row, number) for number in numbers]
+            self._note(row.id, replica_activity(seen), row.updated_at, heard, now=now)
+
+    def _last_heard(self, live: Iterable[LiveSession]) -> dict[str, float]:
+        """Per job and per sampler: when one of its sessions was last heard of."""
+        heard: dict[str, float] = {}
+        for session in live:
+            at = self._sessions.last_heard(session.session, session.heartbeat_at)
+            heard[session.service] = max(heard.get(session.service, 0.0), at)
+        return heard
+
+    def _note(
+        self,
+        service: str,
+        activity: Activity,
+        changed_at: float,
+        heard: Mapping[str, float],
+        *,
+        now: float,
+    ) -> None:
+        """A session of a job may sample its ephemeral saves, so it uses the job's sampler too."""
+        is_used = activity.is_busy or activity.count != self._counts.get(service, activity.count)
+        self._counts[service] = activity.count
+        used_at = max(
+            now if is_used else 0.0,
+            changed_at,
+            heard.get(service, 0.0),
+            heard.get(job_of_sampler(service) or "", 0.0),
+            self._used_at.get(service, 0.0),
+        )
+        self._used_at[service] = used_at
+
+    def _is_idle(self, service: str, now: float) -> bool:
+        return now - self._used_at[service] >= self._idle_s
+
+    def _park(
+        self,
+        connection: sqlite3.Connection,
+        jobs: Iterable[JobRow],
+        samplers: Iterable[DeploymentRow],
+        *,
+        now: float,
+    ) -> None:
+        message = f"parked: nobody used it for {_spoken(self._idle_s)}; the next request wakes it"
+        for job in jobs:
+            to = job_after(job, JobEvent.PARK)
+            tables.advance_job(connection, job, to, message=message, now=now, completed_at=None)
+        for row in samplers:
+            config = msgspec.structs.replace(row.config, num_replicas=0)
+            if tables.configure_deployment(connection, row, config, now=now):
+                to = deployment_after(row, DeploymentEvent.RESIZED)
+                tables.advance_deployment(connection, row, to, message=message, now=now)
+
+
+def is_parkable_sampler(row: DeploymentRow) -> bool:
+    is_settled = row.state in (DeploymentState.READY, DeploymentState.CREATING)
+    return is_settled and bool(row.config.samples_job) and row.config.num_replicas > 0
+
+
+def trainer_activity(status: TrainerStatus | None) -> Activity:
+    if status is None:
+        return Activity(0, is_busy=False)
+    return Activity(
+        status.num_accepted + status.num_applied,
+        is_busy=status.num_accepted > status.num_applied,
+    )
+
+
+def replica_activity(replicas: Iterable[SeenReplica]) -> Activity:
+    statuses = [seen.status for seen in replicas if seen.status is not None]
+    return Activity(
+        sum(status.version for status in statuses),
+        is_busy=any(status.running or status.queued for status in statuses),
+    )
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

@@ -57,6 +57,25 @@ def target_logprobs(
     return logprobs if targets.dim() == 2 else logprobs[:, 0]
 
 
+def likeliest_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    count: int,
+    chunk: int = HEAD_CHUNK,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logprobs float32 and ids int64 of the likeliest tokens, both [M, count], likeliest first."""
+    x, b = low_rank if low_rank is not None else (None, None)
+    logprobs = torch.empty((len(hidden), count), dtype=torch.float32, device=hidden.device)
+    tokens = torch.empty((len(hidden), count), dtype=torch.int64, device=hidden.device)
+    for span in _spans(len(hidden), chunk):
+        logits = _logits(hidden, weight, x, b, span)
+        best, tokens[span] = logits.topk(count, dim=-1)
+        logprobs[span] = best - logits.logsumexp(-1, keepdim=True)
+    return logprobs, tokens
+
+
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -11,8 +11,10 @@ Batch arrays (with `Forward` and `ForwardBackward`):
     tokens   int32 [T]      rows end to end
     lengths  int32 [N]      tokens per row, sum T
     target_tokens int64 [T, K];  weights float32 [T, K]               (cross_entropy)
-    target_tokens int64 [T, 1];  logprobs, advantages float32 [T]     (importance_sampling, ppo)
-Reply arrays (`Rows`): logprobs float32 [T, K], in the order of the request.
+    target_tokens int64 [T, 1];  logprobs, advantages, thresholds, … float32 [T]   (other losses)
+    embedding_grads float32 [N, E]                 (backward of an embedding; no targets)
+Reply arrays (`Rows`), in the order of the request: logprobs float32 [T, K]; with `top_k`
+top_k_logprobs float32 and top_k_indices int64 [T, top_k]; or embedding float32 [N, E] alone.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ class CloseSlot(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Logprobs of the targets; no gradient, no state changes."""
+    """Logprobs of the targets, and what `pass_extras` asks for; no gradient, no state changes."""
 
     slot: str
     loss_fn: str
@@ -242,7 +244,7 @@ class SlotOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Arrays: logprobs float32 [T, K]. Metric keys carry their reduction, e.g. `loss:sum`."""
+    """Arrays: see above. Metric keys carry their reduction, e.g. `loss:sum`."""
 
     metrics: dict[str, float]
 

@@ -354,33 +354,55 @@ def dense_from_csr(
 # Results -------------------------------------------------------------------------------------
 
 
-class PassOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of a forward or forward_backward: logprobs of all rows end to end, float32.
+class RowArrays(msgspec.Struct, frozen=True, array_like=True):
+    """One array per row, end to end.
 
-    Example: two rows of 3 and 2 tokens: PassOutput(metrics={"loss:sum": 1.2},
-    shapes=[(3,), (2,)], logprobs=b"…20 bytes").
+    Example: rows of 3 and 2 tokens: RowArrays("float32", [(3,), (2,)], b"…20 bytes").
     """
 
-    metrics: dict[str, float]
-    """Every key has exactly one colon, with its reduction behind it."""
+    dtype: str
+    """float32 or int64."""
     shapes: list[tuple[int, ...]]
-    """Per row, the shape of its `target_tokens`."""
-    logprobs: bytes
+    data: bytes
+    """Little-endian, C order."""
 
     def rows(self) -> list[Array]:
-        flat = np.frombuffer(self.logprobs, dtype=np.float32)
+        flat = np.frombuffer(self.data, dtype=self.dtype)
         ends = np.cumsum([math.prod(shape) for shape in self.shapes], dtype=np.int64)
         parts = np.split(flat, ends[:-1]) if len(ends) else []
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
+class PassOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """Result of a forward or forward_backward.
+
+    Example: PassOutput(metrics={"loss:sum": 1.2}, arrays={"logprobs": RowArrays(…)}).
+    """
+
+    metrics: dict[str, float]
+    """Every key has exactly one colon, with its reduction behind it. Only `loss` of a contrastive
+    loss has none: its one client reads it under that name, and never merges chunks."""
+    arrays: dict[str, RowArrays]
+    """What each row has, by name; all hold the same number of rows."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(array.data) for array in self.arrays.values())
+
+    def rows(self) -> list[dict[str, Array]]:
+        columns = [array.rows() for array in self.arrays.values()]
+        return [dict(zip(self.arrays, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def output_json(output: PassOutput) -> dict[str, Any]:
     return {
         "loss_fn_output_type": OUTPUT_TYPE,
-        "loss_fn_outputs": [{"logprobs": _tensor_json(row)} for row in output.rows()],
+        "loss_fn_outputs": [
+            {name: _tensor_json(array) for name, array in row.items()} for row in output.rows()
+        ],
         "metrics": output.metrics,
     }
 
 
 def _tensor_json(array: Array) -> dict[str, Any]:
-    return {"data": array.ravel().tolist(), "dtype": "float32", "shape": list(array.shape)}
+    return {"data": array.ravel().tolist(), "dtype": array.dtype.name, "shape": list(array.shape)}

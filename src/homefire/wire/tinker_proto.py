@@ -7,6 +7,7 @@ means, and its digest, do not depend on the wire it came by.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -28,6 +29,7 @@ from homefire.wire.tinker import (
 
 CONTENT_TYPE = "application/x-protobuf"
 _DTYPES = {pb.DTYPE_FLOAT32: "float32", pb.DTYPE_INT64: "int64"}
+_DTYPE_CODES = {name: code for code, name in _DTYPES.items()}
 
 
 def decode_forward_backward(body: bytes) -> PassRequest:
@@ -106,24 +108,26 @@ def _array(raw: bytes, dtype: str, field: str) -> Array:
 
 
 def encode_output(output: PassOutput) -> bytes:
-    """One record per run of rows whose trailing shape is the same, in the order of the rows."""
+    """One record per run of rows whose trailing shapes are the same, in the order of the rows."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type=OUTPUT_TYPE, metrics=output.metrics)
-    for trailing, rows in _runs(output.rows()):
+    for rows in _runs(output.rows()):
         record = message.loss_fn_outputs.add(type_tag=OUTPUT_TYPE, num_datums=len(rows))
-        field = record.fields["logprobs"]
-        field.data = b"".join(row.tobytes() for row in rows)
-        offsets = np.cumsum([0, *(row.nbytes for row in rows)], dtype=np.int64)
-        field.offsets = offsets.tobytes()
-        field.dtype = pb.DTYPE_FLOAT32
-        field.trailing_shape.extend(trailing)
+        for name in rows[0]:
+            _encode_field(record.fields[name], [row[name] for row in rows])
     return message.SerializeToString()
 
 
-def _runs(rows: list[Array]) -> list[tuple[tuple[int, ...], list[Array]]]:
-    runs: list[tuple[tuple[int, ...], list[Array]]] = []
-    for row in rows:
-        trailing = row.shape[1:]
-        if not runs or runs[-1][0] != trailing:
-            runs.append((trailing, []))
-        runs[-1][1].append(row)
-    return runs
+def _encode_field(field: pb.BatchedTensor, arrays: list[Array]) -> None:
+    field.data = b"".join(array.tobytes() for array in arrays)
+    offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64)
+    field.offsets = offsets.tobytes()
+    field.dtype = _DTYPE_CODES[arrays[0].dtype.name]
+    field.trailing_shape.extend(arrays[0].shape[1:])
+
+
+def _runs(rows: list[dict[str, Array]]) -> list[list[dict[str, Array]]]:
+    return [list(run) for _, run in groupby(rows, key=_trailing_shapes)]
+
+
+def _trailing_shapes(row: dict[str, Array]) -> list[tuple[int, ...]]:
+    return [array.shape[1:] for array in row.values()]

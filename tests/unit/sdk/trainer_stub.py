@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from homefire.wire.tinker import PassOutput, PassRequest
+from homefire.wire.tinker import PassOutput, PassRequest, RowArrays
 from homefire.wire.tinker_proto import decode_forward_backward, encode_output
 
 Result = dict[str, Any] | PassOutput
@@ -189,11 +189,8 @@ _SEQUENCED = [
 def _logprobs(request: PassRequest) -> PassOutput:
     shapes = [row.inputs["target_tokens"].shape for row in request.body.rows]
     num = sum(int(np.prod(shape)) for shape in shapes)
-    return PassOutput(
-        metrics={"loss:sum": float(num)},
-        shapes=shapes,
-        logprobs=np.full(num, -1.0, np.float32).tobytes(),
-    )
+    logprobs = RowArrays("float32", shapes, np.full(num, -1.0, np.float32).tobytes())
+    return PassOutput(metrics={"loss:sum": float(num)}, arrays={"logprobs": logprobs})
 
 
 async def _body(request: Request) -> Any:

@@ -20,6 +20,7 @@ from homefire.wire.tinker import (
     PassOutput,
     PassRequest,
     RejectedPass,
+    RowArrays,
     forward_backward_pass,
     forward_pass,
     output_json,
@@ -204,6 +205,7 @@ def test_a_token_beyond_int32_saturates_instead_of_wrapping_into_the_vocabulary(
 
 @st.composite
 def outputs(draw: st.DrawFn) -> PassOutput:
+    """Logprobs of rows; often with the likeliest tokens beside them."""
     shapes = draw(
         st.lists(
             st.one_of(
@@ -212,13 +214,21 @@ def outputs(draw: st.DrawFn) -> PassOutput:
             max_size=5,
         )
     )
+    arrays = {"logprobs": draw(row_arrays(shapes, FLOATS, "float32"))}
+    if draw(st.booleans()):
+        wide = [(shape[0], 3) for shape in shapes]
+        arrays["top_k_logprobs"] = draw(row_arrays(wide, FLOATS, "float32"))
+        arrays["top_k_indices"] = draw(row_arrays(wide, st.integers(0, 1 << 40), "int64"))
+    return PassOutput(metrics={"loss:sum": 1.5}, arrays=arrays)
+
+
+@st.composite
+def row_arrays(
+    draw: st.DrawFn, shapes: list[tuple[int, ...]], values: st.SearchStrategy[Any], dtype: str
+) -> RowArrays:
     size = sum(int(np.prod(shape)) for shape in shapes)
-    values = draw(st.lists(FLOATS, min_size=size, max_size=size))
-    return PassOutput(
-        metrics={"loss:sum": 1.5},
-        shapes=shapes,
-        logprobs=np.array(values, dtype=np.float32).tobytes(),
-    )
+    drawn = draw(st.lists(values, min_size=size, max_size=size))
+    return RowArrays(dtype, shapes, np.array(drawn, dtype=dtype).tobytes())
 
 
 @settings(max_examples=60, deadline=None)
@@ -227,10 +237,13 @@ def test_tinker_reads_both_results_as_the_same_rows(output: PassOutput) -> None:
     binary = response_conv.deserialize_forward_backward_output(tinker_proto.encode_output(output))
     plain = output_json(output)
     assert binary.metrics == plain["metrics"] == {"loss:sum": 1.5}
-    assert len(binary.loss_fn_outputs) == len(plain["loss_fn_outputs"]) == len(output.shapes)
-    for mine, theirs, shape in zip(
-        plain["loss_fn_outputs"], binary.loss_fn_outputs, output.shapes, strict=True
+    rows = output.rows()
+    assert len(binary.loss_fn_outputs) == len(plain["loss_fn_outputs"]) == len(rows)
+    for mine, theirs, row in zip(
+        plain["loss_fn_outputs"], binary.loss_fn_outputs, rows, strict=True
     ):
-        tensor = theirs["logprobs"]
-        assert mine["logprobs"]["shape"] == list(tensor.shape) == list(shape)
-        assert mine["logprobs"]["data"] == list(tensor.data)
+        assert mine.keys() == theirs.keys() == row.keys()
+        for name, tensor in theirs.items():
+            assert mine[name]["shape"] == list(tensor.shape) == list(row[name].shape)
+            assert mine[name]["data"] == list(tensor.data)
+            assert mine[name]["dtype"] == tensor.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +27,7 @@ class Batch:
     lengths: Ints
     """[N]"""
     targets: Ints
-    """[T, K]"""
+    """[T, K]; K is 0 where nothing is predicted."""
     row_ids: Ints
     """[N]: the rows' numbers in the request, for errors."""
     inputs: dict[str, Array]
@@ -52,7 +52,23 @@ class Batch:
 
 def read_batch(arrays: Arrays, *, vocab_size: int, max_context_length: int) -> Batch:
     """The request's arrays as a checked batch; errors name the row."""
-    for name in ("tokens", "lengths", "target_tokens"):
+    if "target_tokens" not in arrays:
+        raise InvalidArgument("the batch has no target_tokens", field="target_tokens")
+    tokens = read_tokens(arrays, vocab_size=vocab_size, max_context_length=max_context_length)
+    columns = {
+        name: _by_token(name, array, len(tokens.tokens))
+        for name, array in arrays.items()
+        if name not in ("tokens", "lengths")
+    }
+    targets = columns.pop("target_tokens").astype(np.int64)
+    batch = replace(tokens, targets=targets, inputs=columns)
+    _check_tokens(batch, "target token", targets, vocab_size)
+    return batch
+
+
+def read_tokens(arrays: Arrays, *, vocab_size: int, max_context_length: int) -> Batch:
+    """The rows alone, as a batch with no target (K = 0)."""
+    for name in ("tokens", "lengths"):
         if name not in arrays:
             raise InvalidArgument(f"the batch has no {name}", field=name)
     tokens = np.asarray(arrays["tokens"], np.int64)
@@ -61,16 +77,10 @@ def read_batch(arrays: Arrays, *, vocab_size: int, max_context_length: int) -> B
         raise InvalidArgument("a batch needs at least one row, and a row at least one token")
     if int(lengths.sum()) != len(tokens):
         raise LengthMismatch(f"lengths sum to {int(lengths.sum())}, tokens are {len(tokens)}")
-    columns = {
-        name: _by_token(name, array, len(tokens))
-        for name, array in arrays.items()
-        if name not in ("tokens", "lengths")
-    }
-    targets = columns.pop("target_tokens").astype(np.int64)
-    batch = Batch(tokens, lengths, targets, np.arange(len(lengths)), columns)
+    no_targets = np.zeros((len(tokens), 0), np.int64)
+    batch = Batch(tokens, lengths, no_targets, np.arange(len(lengths)), {})
     _check_context(batch, max_context_length)
     _check_tokens(batch, "token", tokens[:, None], vocab_size)
-    _check_tokens(batch, "target token", targets, vocab_size)
     return batch
 
 

@@ -15,11 +15,14 @@ from homefire.model import bigram
 from homefire.trainer.engine.network import (
     Float32,
     GradientOf,
+    Ints,
     PackedTargets,
+    PackedTokens,
     WeightFiles,
 )
 from homefire.wire.engine import AdamParams, Array, LoraSpec
 from homefire.wire.errors import InvalidArgument, NonFiniteGradient
+from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
 
@@ -31,6 +34,12 @@ class BigramReference:
 
     def logprobs(self, batch: PackedTargets) -> Float32:
         return _gather(_log_softmax(self._base[batch.tokens]), batch)
+
+    def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
+        return _likeliest(self._base[batch.tokens], count)
+
+    def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
+        return _pooled(self._base[batch.tokens], batch, pooling)
 
     def serving(self) -> dict[str, RawTensor]:
         return {bigram.TENSOR: bigram.to_raw(self._base)}
@@ -51,6 +60,19 @@ class BigramTrained(ABC):
 
     def logprobs(self, batch: PackedTargets) -> Float32:
         return _gather(_log_softmax(self._logits(batch)), batch)
+
+    def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
+        return _likeliest(self._logits(batch), count)
+
+    def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
+        return _pooled(self._logits(batch), batch, pooling)
+
+    def embedding_backward(
+        self, batch: PackedTokens, pooling: Pooling, gradient: Float32
+    ) -> Float32:
+        logits = self._logits(batch)
+        _add(self._aside, self._gradients(batch, _spread(gradient, batch, pooling)))
+        return _pooled(logits, batch, pooling)
 
     def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
         logits = _log_softmax(self._logits(batch))
@@ -108,11 +130,11 @@ class BigramTrained(ABC):
     def adapter_config(self) -> dict[str, Any] | None: ...
 
     @abstractmethod
-    def _logits(self, batch: PackedTargets) -> Float32:
+    def _logits(self, batch: PackedTokens) -> Float32:
         """[T, V]"""
 
     @abstractmethod
-    def _gradients(self, batch: PackedTargets, d_logits: Float32) -> dict[str, Float32]:
+    def _gradients(self, batch: PackedTokens, d_logits: Float32) -> dict[str, Float32]:
         """d loss / d logits [T, V] -> d loss / d masters."""
 
 
@@ -132,10 +154,10 @@ class BigramFull(BigramTrained):
     def adapter_config(self) -> None:
         return None
 
-    def _logits(self, batch: PackedTargets) -> Float32:
+    def _logits(self, batch: PackedTokens) -> Float32:
         return bigram.bfloat16(self._masters[bigram.TENSOR][batch.tokens])
 
-    def _gradients(self, batch: PackedTargets, d_logits: Float32) -> dict[str, Float32]:
+    def _gradients(self, batch: PackedTokens, d_logits: Float32) -> dict[str, Float32]:
         gradient = np.zeros_like(self._masters[bigram.TENSOR])
         np.add.at(gradient, batch.tokens, d_logits)
         return {bigram.TENSOR: gradient}
@@ -164,11 +186,11 @@ class BigramLora(BigramTrained):
             "target_modules": [bigram.LAYER],
         }
 
-    def _logits(self, batch: PackedTargets) -> Float32:
+    def _logits(self, batch: PackedTokens) -> Float32:
         x = self._masters[bigram.LORA_A].T[batch.tokens] * self._scaling
         return self._base[batch.tokens] + x @ self._masters[bigram.LORA_B].T
 
-    def _gradients(self, batch: PackedTargets, d_logits: Float32) -> dict[str, Float32]:
+    def _gradients(self, batch: PackedTokens, d_logits: Float32) -> dict[str, Float32]:
         a, b = self._masters[bigram.LORA_A], self._masters[bigram.LORA_B]
         d_a = np.zeros_like(a.T)
         np.add.at(d_a, batch.tokens, d_logits @ b * self._scaling)
@@ -229,6 +251,27 @@ def _log_softmax(logits: Float32) -> Float32:
 
 def _gather(logits: Float32, batch: PackedTargets) -> Float32:
     return np.take_along_axis(logits, batch.targets, -1)
+
+
+def _likeliest(logits: Float32, count: int) -> tuple[Float32, Ints]:
+    tokens = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    return np.take_along_axis(_log_softmax(logits), tokens, -1), tokens.astype(np.int64)
+
+
+def _pooled(states: Float32, batch: PackedTokens, pooling: Pooling) -> Float32:
+    """A bigram's states are its logits."""
+    rows = np.split(states, np.cumsum(batch.lengths)[:-1])
+    return np.stack([row[-1] if pooling is Pooling.LAST else row.mean(0) for row in rows])
+
+
+def _spread(gradient: Float32, batch: PackedTokens, pooling: Pooling) -> Float32:
+    """d loss / d pooled [N, V] -> d loss / d states [T, V]."""
+    lengths = np.array(batch.lengths)
+    if pooling is Pooling.MEAN:
+        return np.repeat(gradient / lengths[:, None].astype(np.float32), lengths, axis=0)
+    spread = np.zeros((len(batch.tokens), gradient.shape[1]), np.float32)
+    spread[np.cumsum(lengths) - 1] = gradient
+    return spread
 
 
 def _add(total: dict[str, Float32], more: dict[str, Float32]) -> None:

@@ -12,17 +12,18 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 import numpy as np
 
 from homefire.checkpoints import DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
-from homefire.trainer.engine import recovery, snapshots, states
-from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch
+from homefire.trainer.engine import embedding_passes, recovery, snapshots, states
+from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
 from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
-from homefire.trainer.engine.network import Float32, Network
+from homefire.trainer.engine.network import Float32, Network, TrainableWeights
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
     AdamParams,
@@ -64,9 +65,17 @@ from homefire.wire.errors import (
     NonFiniteGradient,
 )
 from homefire.wire.ids import check_name
+from homefire.wire.pass_extras import EmbeddingPass, PassExtras, read_extras
 
 log = logging.getLogger(__name__)
 OpenNetwork = Callable[[OpenModel], Network]
+
+
+class Bounds(TypedDict):
+    """What a row's tokens must stay within."""
+
+    vocab_size: int
+    max_context_length: int
 
 
 class SlotEngine:
@@ -118,17 +127,47 @@ class SlotEngine:
     # Computing -----------------------------------------------------------------------------------
 
     def forward(self, request: Forward, arrays: Arrays) -> tuple[Rows, Arrays]:
-        slot, loss, batch = self._prepare(request, arrays)
+        slot = self._slots.get(request.slot)
+        extras = _extras(request, arrays, forward_only=True)
+        self._use(request.plan)
+        if extras.embedding is not None:
+            rows = read_tokens(arrays, **self._bounds)
+            found = embedding_passes.forward(slot.weights, rows, request.plan, extras.embedding)
+            return Rows(metrics=found[0]), found[1]
+        loss = loss_function(request.loss_fn, extras.loss_config)
+        batch = read_batch(arrays, **self._bounds)
 
         def run(cut: MicroBatch) -> Float32:
             return slot.weights.logprobs(cut.batch.packed())
 
         logprobs = _run_plan(batch, request.plan, run)
-        return Rows(metrics=metrics(evaluate(loss, logprobs, batch))), {"logprobs": logprobs}
+        reply: Arrays = {"logprobs": logprobs}
+        if extras.top_k is not None:
+            reply |= self._likeliest(slot, batch, request.plan, extras.top_k)
+        return Rows(metrics=metrics(evaluate(loss, logprobs, batch))), reply
 
     def forward_backward(self, request: ForwardBackward, arrays: Arrays) -> tuple[Rows, Arrays]:
-        slot, loss, batch = self._prepare(request, arrays)
+        slot = self._slots.get(request.slot)
         trained = slot.trainable()
+        extras = _extras(request, arrays, forward_only=False)
+        self._use(request.plan)
+        try:
+            if extras.embedding is not None:
+                return self._embedding_backward(slot, trained, request, arrays, extras.embedding)
+            loss = loss_function(request.loss_fn, extras.loss_config)
+            return self._backward(slot, trained, request.plan, loss, arrays)
+        finally:
+            trained.drop_gradient()
+
+    def _backward(
+        self,
+        slot: Slot,
+        trained: TrainableWeights,
+        plan: ExecutionPlan,
+        loss: Loss,
+        arrays: Arrays,
+    ) -> tuple[Rows, Arrays]:
+        batch = read_batch(arrays, **self._bounds)
 
         def run(cut: MicroBatch) -> Float32:
             def gradient_of(logprobs: Float32) -> Float32:
@@ -136,16 +175,42 @@ class SlotEngine:
 
             return trained.backward(cut.batch.packed(), gradient_of)
 
-        try:
-            logprobs = _run_plan(batch, request.plan, run)
-            terms = evaluate(loss, logprobs, batch)
-            trained.keep_gradient()
-        finally:
-            trained.drop_gradient()
+        logprobs = _run_plan(batch, plan, run)
+        terms = evaluate(loss, logprobs, batch)
         counted = (terms.gradient != 0).any(-1)
         rows = sum(bool(counted[row].any()) for row in batch.rows())
+        trained.keep_gradient()
         slot.accumulated = slot.accumulated.plus(int(counted.sum()), rows)
         return Rows(metrics=metrics(terms)), {"logprobs": logprobs}
+
+    def _embedding_backward(
+        self,
+        slot: Slot,
+        trained: TrainableWeights,
+        request: ForwardBackward,
+        arrays: Arrays,
+        asked: EmbeddingPass,
+    ) -> tuple[Rows, Arrays]:
+        batch = read_tokens(arrays, **self._bounds)
+        measured, reply, gradient = embedding_passes.backward(
+            trained, batch, request.plan, asked, arrays
+        )
+        counts = embedding_passes.num_loss_tokens(gradient, batch, asked.pooling)
+        trained.keep_gradient()
+        slot.accumulated = slot.accumulated.plus(*counts)
+        return Rows(metrics=measured), reply
+
+    def _likeliest(self, slot: Slot, batch: Batch, plan: ExecutionPlan, count: int) -> Arrays:
+        if count > self._network.vocab_size:
+            raise InvalidArgument(
+                f"top_k is {count}, the vocabulary has {self._network.vocab_size}", field="top_k"
+            )
+        logprobs = np.zeros((len(batch.tokens), count), np.float32)
+        tokens = np.zeros(logprobs.shape, np.int64)
+        for cut in micro_batches(batch, plan):
+            found = slot.weights.likeliest(cut.batch.packed(), count)
+            logprobs[cut.places], tokens[cut.places] = found
+        return {"top_k_logprobs": logprobs, "top_k_indices": tokens}
 
     def optim_step(self, request: OptimStep) -> Stepped:
         slot = self._slots.get(request.slot)
@@ -255,15 +320,24 @@ class SlotEngine:
             if slot.trained is not None:
                 self._network.close(slot.trained)
 
-    def _prepare(
-        self, request: Forward | ForwardBackward, arrays: Arrays
-    ) -> tuple[Slot, Loss, Batch]:
+    @property
+    def _bounds(self) -> Bounds:
         network, _, limit = self._model
-        slot = self._slots.get(request.slot)
-        loss = loss_function(request.loss_fn, request.loss_fn_config)
-        batch = read_batch(arrays, vocab_size=network.vocab_size, max_context_length=limit)
-        network.use_threads(request.plan.threads)
-        return slot, loss, batch
+        return {"vocab_size": network.vocab_size, "max_context_length": limit}
+
+    def _use(self, plan: ExecutionPlan) -> None:
+        self._network.use_threads(plan.threads)
+
+
+def _extras(
+    request: Forward | ForwardBackward, arrays: Arrays, *, forward_only: bool
+) -> PassExtras:
+    return read_extras(
+        request.loss_fn,
+        request.loss_fn_config,
+        num_rows=len(arrays.get("lengths", ())),
+        forward_only=forward_only,
+    )
 
 
 def _run_plan(batch: Batch, plan: ExecutionPlan, run: Callable[[MicroBatch], Float32]) -> Float32:

@@ -3,7 +3,7 @@
 Two implementations: torch (`torch_engine.py`) and numpy (`fake.py`). Everything that has no numbers in
 it (slots, plans, losses, snapshots, recovery) is shared above this seam.
 
-Axes: T tokens of all rows, N rows, K targets per token.
+Axes: T tokens of all rows, N rows, K targets per token, E width of the last layer's states.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homefire.wire.engine import AdamParams, LoraSpec
+from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
 Ints = npt.NDArray[np.int64]
@@ -25,13 +26,19 @@ GradientOf = Callable[[Float32], Float32]
 
 
 @dataclass(frozen=True)
-class PackedTargets:
-    """One micro-batch: rows end to end, and what each token should predict."""
+class PackedTokens:
+    """One micro-batch: rows end to end."""
 
     tokens: Ints
     """[T]"""
     lengths: list[int]
     """[N], sum T"""
+
+
+@dataclass(frozen=True)
+class PackedTargets(PackedTokens):
+    """The same, and what each token should predict."""
+
     targets: Ints
     """[T, K]"""
 
@@ -55,6 +62,14 @@ class FrozenWeights(Protocol):
         """[T, K], under the serving weights. No gradient."""
         ...
 
+    def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
+        """The logprobs and ids of the likeliest next tokens, both [T, count], likeliest first."""
+        ...
+
+    def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
+        """[N, E]: the last layer's states, pooled over each row. No gradient."""
+        ...
+
     def serving(self) -> dict[str, RawTensor]:
         """Fresh tensors of a sampler snapshot: the whole model's, or the adapter's."""
         ...
@@ -74,6 +89,15 @@ class TrainableWeights(FrozenWeights, Protocol):
         """Logprobs as `logprobs` gives them; adds d loss / d weights to the gradient aside.
 
         Errors of `gradient_of` pass through.
+        """
+        ...
+
+    def embedding_backward(
+        self, batch: PackedTokens, pooling: Pooling, gradient: Float32
+    ) -> Float32:
+        """Embeddings as `embeddings` gives them; adds d loss / d weights to the gradient aside.
+
+        `gradient` [N, E] is d loss / d embeddings.
         """
         ...
 

@@ -18,12 +18,20 @@ from torch import Tensor
 
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import LoraAdapter, applied, head_update, peft_config
-from homefire.model.packed import packed_hidden, target_logprobs
+from homefire.model.packed import likeliest_tokens, packed_hidden, target_logprobs
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
 from homefire.trainer.engine.adamw import AdamW, clip_scale, gradient_norm
-from homefire.trainer.engine.network import Float32, GradientOf, PackedTargets, WeightFiles
+from homefire.trainer.engine.network import (
+    Float32,
+    GradientOf,
+    Ints,
+    PackedTargets,
+    PackedTokens,
+    WeightFiles,
+)
 from homefire.wire.engine import AdamParams
 from homefire.wire.errors import InvalidArgument
+from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
 
@@ -79,6 +87,16 @@ class ReferenceWeights:
         self._residence.use_base()
         return _numpy(_target_logprobs(self._residence.model, None, batch))
 
+    @torch.no_grad()
+    def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
+        self._residence.use_base()
+        return _likeliest(self._residence.model, None, batch, count)
+
+    @torch.no_grad()
+    def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
+        self._residence.use_base()
+        return _numpy(_embeddings(self._residence.model, None, batch, pooling))
+
     def serving(self) -> dict[str, RawTensor]:
         self._residence.use_base()
         return _raw(serving_tensors(self._residence.model))
@@ -87,7 +105,15 @@ class ReferenceWeights:
 class TrainedWeights(ABC):
     """Implements `TrainableWeights` over masters; subclasses say how masters reach the forward pass."""
 
-    def __init__(self, masters: dict[str, Tensor], leaves: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        adapter: LoraAdapter | None,
+        masters: dict[str, Tensor],
+        leaves: dict[str, Tensor],
+    ) -> None:
+        self._model = model
+        self._adapter = adapter
         self._masters = masters
         self._leaves = leaves
         """What autograd differentiates, under the masters' names; `.grad` is the gradient aside."""
@@ -101,16 +127,32 @@ class TrainedWeights(ABC):
     @torch.no_grad()
     def logprobs(self, batch: PackedTargets) -> Float32:
         self._settle()
-        return _numpy(self._forward(batch))
+        return _numpy(_target_logprobs(self._model, self._adapter, batch))
+
+    @torch.no_grad()
+    def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
+        self._settle()
+        return _likeliest(self._model, self._adapter, batch, count)
+
+    @torch.no_grad()
+    def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
+        self._settle()
+        return _numpy(_embeddings(self._model, self._adapter, batch, pooling))
 
     def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
         self._settle()
-        logprobs = self._forward(batch)
+        logprobs = _target_logprobs(self._model, self._adapter, batch)
         values = _numpy(logprobs)
-        gradient = gradient_of(values)
-        if gradient.any():
-            logprobs.backward(torch.from_numpy(gradient).to(logprobs.device))
+        _push(logprobs, gradient_of(values))
         return values
+
+    def embedding_backward(
+        self, batch: PackedTokens, pooling: Pooling, gradient: Float32
+    ) -> Float32:
+        self._settle()
+        embeddings = _embeddings(self._model, self._adapter, batch, pooling)
+        _push(embeddings, gradient)
+        return _numpy(embeddings)
 
     @torch.no_grad()
     def keep_gradient(self) -> None:
@@ -174,10 +216,6 @@ class TrainedWeights(ABC):
         """Makes the module hold what this slot computes with."""
 
     @abstractmethod
-    def _forward(self, batch: PackedTargets) -> Tensor:
-        """Logprobs [T, K], differentiable in the leaves."""
-
-    @abstractmethod
     def _publish(self) -> dict[str, float]:
         """Brings changed masters to where the forward pass reads them; metrics of that."""
 
@@ -194,9 +232,9 @@ class FullWeights(TrainedWeights):
     def __init__(self, residence: Residence) -> None:
         residence.use_base()
         self._residence = residence
-        self._model = residence.model
-        leaves: dict[str, Tensor] = dict(self._model.module.named_parameters())
-        super().__init__({name: leaf.detach().clone() for name, leaf in leaves.items()}, leaves)
+        leaves: dict[str, Tensor] = dict(residence.model.module.named_parameters())
+        masters = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+        super().__init__(residence.model, None, masters, leaves)
 
     @torch.no_grad()
     def round_into_module(self) -> int:
@@ -219,9 +257,6 @@ class FullWeights(TrainedWeights):
         self._residence.use(self)
         self._model.module.requires_grad_(True)
 
-    def _forward(self, batch: PackedTargets) -> Tensor:
-        return _target_logprobs(self._model, None, batch)
-
     def _publish(self) -> dict[str, float]:
         return {"changed_fraction": self.round_into_module() / self.num_trainable}
 
@@ -231,25 +266,22 @@ class LoraWeights(TrainedWeights):
 
     def __init__(self, residence: Residence, adapter: LoraAdapter, base_model: str) -> None:
         self._residence = residence
-        self._adapter = adapter
+        self._lora = adapter
         self._base_model = base_model
         parameters = adapter.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        super().__init__(parameters, parameters)
+        super().__init__(residence.model, adapter, parameters, parameters)
 
     def serving(self) -> dict[str, RawTensor]:
         return _raw({name: master.detach().clone() for name, master in self._masters.items()})
 
     def adapter_config(self) -> dict[str, Any]:
-        return peft_config(self._adapter, base_model=self._base_model)
+        return peft_config(self._lora, base_model=self._base_model)
 
     def _settle(self) -> None:
         self._residence.use_base()
         self._residence.model.module.requires_grad_(False)
-
-    def _forward(self, batch: PackedTargets) -> Tensor:
-        return _target_logprobs(self._residence.model, self._adapter, batch)
 
     def _publish(self) -> dict[str, float]:
         return {}
@@ -268,18 +300,51 @@ def check_layout(wanted: dict[str, tuple[str, tuple[int, ...]]], given: Tensors)
             )
 
 
+# Forward passes; with an adapter the update is added to the frozen base -----------------------
+
+
+def _hidden(model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens) -> Tensor:
+    """[T, E], differentiable in the module's and the adapter's leaves."""
+    tokens = torch.from_numpy(batch.tokens).to(model.device)
+    if adapter is None:
+        return packed_hidden(model, tokens, batch.lengths)
+    with applied(model, adapter):
+        return packed_hidden(model, tokens, batch.lengths)
+
+
 def _target_logprobs(
     model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTargets
 ) -> Tensor:
-    tokens = torch.from_numpy(batch.tokens).to(model.device)
+    """[T, K], differentiable."""
+    hidden = _hidden(model, adapter, batch)
     targets = torch.from_numpy(batch.targets).to(model.device)
-    if adapter is None:
-        hidden = packed_hidden(model, tokens, batch.lengths)
-        return target_logprobs(hidden, model.head_weight, targets)
-    with applied(model, adapter):
-        hidden = packed_hidden(model, tokens, batch.lengths)
-    low_rank = head_update(model, adapter, hidden)
+    low_rank = head_update(model, adapter, hidden) if adapter else None
     return target_logprobs(hidden, model.head_weight, targets, low_rank=low_rank)
+
+
+def _likeliest(
+    model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens, count: int
+) -> tuple[Float32, Ints]:
+    hidden = _hidden(model, adapter, batch)
+    low_rank = head_update(model, adapter, hidden) if adapter else None
+    logprobs, tokens = likeliest_tokens(hidden, model.head_weight, count, low_rank=low_rank)
+    return _numpy(logprobs), tokens.cpu().numpy()
+
+
+def _embeddings(
+    model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens, pooling: Pooling
+) -> Tensor:
+    """[N, E], differentiable."""
+    rows = _hidden(model, adapter, batch).float().split(batch.lengths)
+    if pooling is Pooling.LAST:
+        return torch.stack([row[-1] for row in rows])
+    return torch.stack([row.mean(0) for row in rows])
+
+
+def _push(output: Tensor, gradient: Float32) -> None:
+    """Backward through `output`, unless nothing would come of it."""
+    if gradient.any():
+        output.backward(torch.from_numpy(gradient).to(output.device))
 
 
 def _raw(tensors: dict[str, Tensor]) -> dict[str, RawTensor]:

@@ -390,7 +390,7 @@ async def _answer(result: Result, accept: str) -> Response:
 
 
 async def _answer_pass(output: tinker.PassOutput, *, binary: bool) -> Response:
-    size = len(output.logprobs)
+    size = output.size_bytes
     if not binary:
         return await _off_loop(lambda: json_response(tinker.output_json(output)), size)
     encoded = await _off_loop(lambda: tinker_proto.encode_output(output), size)

@@ -124,27 +124,27 @@ class LiveModel:
             batch = await asyncio.to_thread(check_batch, body, self.limits)
         else:
             batch = check_batch(body, self.limits)
-        rows, logprobs = await self._compute(operation, batch, request.plan, handle.slot)
-        output = PassOutput(metrics=rows.metrics, shapes=batch.shapes, logprobs=logprobs)
+        output = await self._compute(operation, batch, request.plan, handle.slot)
         fields: Fields = {
-            "loss": rows.metrics.get("loss:sum", 0.0),
+            "loss": output.metrics.get("loss:sum", 0.0),
             "tokens": len(batch.arrays["tokens"]),
-            "rows": len(batch.shapes),
-            "metrics": rows.metrics,
+            "rows": batch.num_rows,
+            "metrics": output.metrics,
         }
         event = "forward" if body.forward_only else "forward_backward"
         return Outcome(PassResult(output), event=event, fields=fields)
 
     async def _compute(
         self, operation: RunPass, batch: Batch, plan: ExecutionPlan, slot: str
-    ) -> tuple[wire.Rows, bytes]:
+    ) -> PassOutput:
         body = operation.body
         kind = wire.Forward if body.forward_only else wire.ForwardBackward
         message = kind(
             slot=slot, loss_fn=body.loss_fn, loss_fn_config=body.loss_fn_config, plan=plan
         )
         reply, arrays = await self._engine.call(message, batch.arrays)
-        return expect(reply, wire.Rows), batch.unpack(arrays["logprobs"])
+        rows = expect(reply, wire.Rows)
+        return PassOutput(metrics=rows.metrics, arrays=batch.unpack(arrays))
 
     async def _step(self, operation: StepOptimizer, handle: Handle) -> Outcome:
         message = wire.OptimStep(

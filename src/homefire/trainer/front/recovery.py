@@ -206,8 +206,8 @@ def _compare(accepted: Accepted, outcome: Outcome, completed: Completed) -> Iter
     if isinstance(again, FailedResult):
         yield f"{what} now fails: {again.error.message}"
     elif isinstance(first, PassResult) and isinstance(again, PassResult):
-        if first.output.logprobs != again.output.logprobs:
-            yield f"{what}: logprobs differ"
+        if first.output.arrays != again.output.arrays:
+            yield f"{what}: {', '.join(first.output.arrays) or 'the arrays'} differ"
         elif first.output.metrics != again.output.metrics:
             yield f"{what}: metrics differ"
     elif isinstance(first, PlainResult) and first != again:

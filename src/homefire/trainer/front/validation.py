@@ -26,7 +26,8 @@ from homefire.wire.losses import (
     loss_definition,
     require_threshold,
 )
-from homefire.wire.tinker import Pass, Row
+from homefire.wire.pass_extras import EMBEDDING_GRADS, EmbeddingPass, read_extras
+from homefire.wire.tinker import Pass, Row, RowArrays, TensorValue
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,33 @@ class Limits:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays as `homefire.wire.engine` describes them, and the target shape of each row."""
+    """Arrays as `homefire.wire.engine` describes them, and the shape of each row's targets."""
 
     arrays: Arrays
+    num_rows: int
     shapes: list[tuple[int, ...]]
+    """Empty where a pass has no targets."""
 
-    def unpack(self, logprobs: Array) -> bytes:
-        """The engine's [T, K] as the rows' own shapes, end to end, float32.
+    def unpack(self, reply: Arrays) -> dict[str, RowArrays]:
+        """The engine's arrays, cut into rows."""
+        return {name: self._cut(name, array) for name, array in reply.items()}
 
-        A row with fewer targets per token than the widest had the rest padded away.
-        """
-        width = logprobs.shape[1]
+    def _cut(self, name: str, array: Array) -> RowArrays:
+        if name == "logprobs":
+            return RowArrays("float32", self.shapes, self._logprobs(array))
+        shapes = [(shape[0], *array.shape[1:]) for shape in self.shapes]
+        if not self.shapes:
+            shapes = [array.shape[1:]] * self.num_rows
+        return RowArrays(array.dtype.name, shapes, np.ascontiguousarray(array).tobytes())
+
+    def _logprobs(self, array: Array) -> bytes:
+        """[T, K] as the rows' own shapes, end to end: a row with fewer targets per token than the
+        widest had the rest padded away."""
+        width = array.shape[1]
         if all(math.prod(shape[1:]) == width for shape in self.shapes):
-            return np.ascontiguousarray(logprobs, dtype=np.float32).tobytes()
+            return np.ascontiguousarray(array, dtype=np.float32).tobytes()
         ends = np.cumsum([shape[0] for shape in self.shapes])
-        rows = np.split(logprobs, ends[:-1])
+        rows = np.split(array, ends[:-1])
         return b"".join(
             np.ascontiguousarray(row[:, : math.prod(shape[1:])], dtype=np.float32).tobytes()
             for row, shape in zip(rows, self.shapes, strict=True)
@@ -60,13 +73,58 @@ class Batch:
 
 def check_batch(body: Pass, limits: Limits) -> Batch:
     """The whole request, or the first thing that is wrong with it as a UserError."""
-    loss = loss_definition(body.loss_fn, body.loss_fn_config)
+    extras = read_extras(
+        body.loss_fn,
+        body.loss_fn_config,
+        num_rows=len(body.rows),
+        forward_only=body.forward_only,
+    )
     if not body.rows:
         raise InvalidArgument("data is empty", hint="send at least one datum", field="data")
     for index, row in enumerate(body.rows):
         _check_tokens(row, index, limits)
+    if extras.embedding is not None:
+        return _embedding_batch(body, extras.embedding)
+    loss = loss_definition(body.loss_fn, extras.loss_config)
+    for index, row in enumerate(body.rows):
         _check_inputs(row, index, loss, limits, body.loss_fn)
     return _pack(body, loss)
+
+
+def _embedding_batch(body: Pass, asked: EmbeddingPass) -> Batch:
+    """Rows alone; a backward pass through a client's own loss brings each row's gradient.
+
+    Targets that come along are not looked at: clients send whatever their datums hold.
+    """
+    arrays = _pack_tokens(body.rows)
+    if not body.forward_only and asked.contrast is None:
+        arrays[EMBEDDING_GRADS] = _pack_embedding_gradients(body.rows)
+    return Batch(arrays, len(body.rows), [])
+
+
+def _pack_embedding_gradients(rows: Sequence[Row]) -> Array:
+    """float32 [N, E]"""
+    gradients = [_embedding_gradient(row, index) for index, row in enumerate(rows)]
+    for index, gradient in enumerate(gradients):
+        if len(gradient) != len(gradients[0]):
+            field = f"data[{index}].loss_fn_inputs.{EMBEDDING_GRADS}"
+            raise LengthMismatch(
+                f"{field} has {len(gradient)} values, the first datum's {len(gradients[0])}",
+                hint="send the gradient of what forward returned for each datum",
+                field=field,
+            )
+    return np.stack(gradients).astype(np.float32, copy=False)
+
+
+def _embedding_gradient(row: Row, index: int) -> Array:
+    field = f"data[{index}].loss_fn_inputs.{EMBEDDING_GRADS}"
+    given = row.inputs.get(EMBEDDING_GRADS)
+    if given is None:
+        raise InvalidArgument(
+            f"{field} is missing", hint="send d loss / d embedding of each datum", field=field
+        )
+    _check_finite(given, field)
+    return given.array().reshape(-1)
 
 
 def _check_tokens(row: Row, index: int, limits: Limits) -> None:
@@ -143,6 +201,10 @@ def _check_input(row: Row, name: str, where: str) -> None:
             hint="one value per target",
             field=field,
         )
+    _check_finite(value, field)
+
+
+def _check_finite(value: TensorValue, field: str) -> None:
     if not np.isfinite(value.array()).all():
         raise InvalidArgument(f"{field} holds NaN or Inf", hint="use finite numbers", field=field)
 
@@ -153,11 +215,8 @@ def _check_input(row: Row, name: str, where: str) -> None:
 def _pack(body: Pass, loss: LossDefinition) -> Batch:
     """Axes: T tokens of all rows end to end, K targets per token."""
     shapes = [row.inputs["target_tokens"].shape for row in body.rows]
-    arrays: Arrays = {
-        "tokens": np.frombuffer(b"".join(row.tokens for row in body.rows), dtype=np.int32),
-        "lengths": np.array([row.num_tokens for row in body.rows], dtype=np.int32),
-        "target_tokens": _pack_targets(body.rows),
-    }
+    arrays = _pack_tokens(body.rows)
+    arrays["target_tokens"] = _pack_targets(body.rows)
     if body.loss_fn == "cross_entropy":
         arrays["weights"] = _pack_weights(body.rows, arrays["target_tokens"].shape[1])
     for name in loss.required:
@@ -165,7 +224,14 @@ def _pack(body: Pass, loss: LossDefinition) -> Batch:
     for name in loss.optional:
         if name != "weights" and _is_needed(body, loss, name):
             arrays[name] = _pack_optional(body, loss, name)
-    return Batch(arrays, shapes)
+    return Batch(arrays, len(body.rows), shapes)
+
+
+def _pack_tokens(rows: Sequence[Row]) -> Arrays:
+    return {
+        "tokens": np.frombuffer(b"".join(row.tokens for row in rows), dtype=np.int32),
+        "lengths": np.array([row.num_tokens for row in rows], dtype=np.int32),
+    }
 
 
 def _pack_targets(rows: Sequence[Row]) -> Array:

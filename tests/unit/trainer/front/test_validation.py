@@ -54,7 +54,82 @@ def test_rows_with_fewer_targets_are_padded_with_weightless_ones_and_cut_back() 
     assert batch.arrays["target_tokens"].tolist() == [[2, 0, 0], [1, 2, 3], [4, 5, 6]]
     assert batch.arrays["weights"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 1]]
     logprobs = np.arange(9, dtype=np.float32).reshape(3, 3)
-    assert np.frombuffer(batch.unpack(logprobs), np.float32).tolist() == [0, 3, 4, 5, 6, 7, 8]
+    cut = batch.unpack({"logprobs": logprobs})["logprobs"]
+    assert [row.tolist() for row in cut.rows()] == [[0], [[3, 4, 5], [6, 7, 8]]]
+
+
+def test_the_likeliest_tokens_are_cut_by_row() -> None:
+    body = Pass(
+        rows=[row([1, 2], target_tokens=ints(2, 3)), row([4], target_tokens=ints(5))],
+        loss_fn="cross_entropy",
+        loss_fn_config={"top_k": 2.0},
+        forward_only=True,
+    )
+    reply = {"top_k_indices": np.arange(6).reshape(3, 2)}
+    cut = check_batch(body, LIMITS).unpack(reply)["top_k_indices"]
+    assert cut.dtype == "int64"
+    assert [r.tolist() for r in cut.rows()] == [[[0, 1], [2, 3]], [[4, 5]]]
+
+
+def embedding_pass(*rows: Row, forward_only: bool = False, **config: float | str) -> Batch:
+    config = {"output": "embedding", "pooling": "mean", **config}
+    body = Pass(
+        rows=list(rows), loss_fn="cross_entropy", loss_fn_config=config, forward_only=forward_only
+    )
+    return check_batch(body, LIMITS)
+
+
+def test_an_embedding_pass_takes_rows_without_targets() -> None:
+    batch = embedding_pass(row([1, 2]), row([4], target_tokens=ints(5)), forward_only=True)
+    assert batch.arrays.keys() == {"tokens", "lengths"}
+    cut = batch.unpack({"embedding": np.ones((2, 3), np.float32)})["embedding"]
+    assert cut.shapes == [(3,), (3,)]
+
+
+def test_embedding_gradients_are_stacked() -> None:
+    rows = [row([1], embedding_grads=floats(1, 2)), row([1, 2], embedding_grads=floats(3, 4))]
+    assert embedding_pass(*rows).arrays["embedding_grads"].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "config", "error", "message"),
+    [
+        ([row([1])], {}, errors.InvalidArgument, r"data\[0\].*embedding_grads is missing"),
+        (
+            [row([1], embedding_grads=floats(1)), row([1], embedding_grads=floats(1, 2))],
+            {},
+            errors.LengthMismatch,
+            r"data\[1\].*2 values, the first datum's 1",
+        ),
+        ([row([1])], {"pooling": "max"}, errors.InvalidArgument, "pooling is 'max'"),
+        ([row([1])], {"output": "projection"}, errors.Unsupported, "projection"),
+        ([row([1])], {"output": "logits"}, errors.InvalidArgument, "output is 'logits'"),
+        ([row([1])], {"beta": 0.1}, errors.InvalidArgument, "'beta'"),
+        (
+            [row([1])] * 3,
+            {"output": "contrastive_loss", "num_queries": 2.0, "temperature": 0.1},
+            errors.InvalidArgument,
+            "needs 4 datums, not 3",
+        ),
+        (
+            [row([1])] * 2,
+            {"output": "contrastive_loss", "num_queries": 1.5, "temperature": 0.1},
+            errors.InvalidArgument,
+            "num_queries is 1.5",
+        ),
+        (
+            [row([1])] * 2,
+            {"output": "contrastive_loss", "num_queries": 1, "temperature": 0.0},
+            errors.InvalidArgument,
+            "temperature is 0",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_embedding_pass_is_named(
+    rows: list[Row], config: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        embedding_pass(*rows, **config)
 
 
 def test_rl_inputs_and_per_token_thresholds_are_flat() -> None:

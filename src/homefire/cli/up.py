@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from homefire.wire.specs import ControlSpec, GatewaySpec
 
 DEFAULT_PORT = 8700
+DEFAULT_POOL_IDLE_S = 1800.0
 
 EPILOG = """\
 examples:
@@ -61,6 +62,14 @@ def add_parser(commands: Commands) -> None:
         metavar="DIR",
         help="clients may name model directories below DIR (beside HOME/models)",
     )
+    parser.add_argument(
+        "--pool-idle",
+        type=float,
+        default=DEFAULT_POOL_IDLE_S,
+        metavar="SECONDS",
+        help="park trainers and samplers of the root Tinker plane that nobody used for so long;"
+        " 0: never (default: %(default)g)",
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
     parser.add_argument(
@@ -91,10 +100,12 @@ class UpOptions:
     insecure_http: bool
     advertise_url: str | None
     engine: str
+    pool_idle_s: float = DEFAULT_POOL_IDLE_S
 
     def __post_init__(self) -> None:
         from homefire.cli.addresses import check_exposure, check_tls, check_url
 
+        check_pool_idle(self.pool_idle_s)
         check_tls(self.tls_certificate, self.tls_key)
         check_exposure(
             self.host,
@@ -117,6 +128,7 @@ class UpOptions:
             insecure_http=arguments.insecure_http,
             advertise_url=arguments.advertise_url and arguments.advertise_url.rstrip("/"),
             engine=arguments.engine,
+            pool_idle_s=arguments.pool_idle,
         )
 
 
@@ -151,6 +163,17 @@ def parse_aliases(texts: list[str]) -> dict[str, str]:
             )
         aliases[resource] = model
     return aliases
+
+
+def check_pool_idle(seconds: float) -> None:
+    from homefire.wire.errors import InvalidArgument
+
+    if not 0 <= seconds < float("inf"):
+        raise InvalidArgument(
+            f"--pool-idle {seconds:g} is not a number of seconds",
+            hint="use 0 to park nothing",
+            field="pool-idle",
+        )
 
 
 def existing_directory(path: Path) -> Path:
@@ -191,6 +214,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         aliases=options.aliases,
         model_roots=[str(home.models), *map(str, options.model_roots)],
         engine=EngineKind(options.engine),
+        pool_idle_s=options.pool_idle_s,
     )
     gateway = GatewaySpec(
         home=str(home.root),

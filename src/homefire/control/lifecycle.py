@@ -412,10 +412,11 @@ def _decide_state(
         message = crash_message("replica", dead[0].supervision)
         return [AdvanceDeployment(F.FAILED, message)]
     complete = len(serving) + len(dead) == wanted == len(replicas)
+    message = "" if wanted else deployment.message  # why there are none
     if deployment.state is D.UPDATING and complete:
-        return [AdvanceDeployment(F.SETTLED)]
+        return [AdvanceDeployment(F.SETTLED, message)]
     if deployment.state is D.CREATING and (complete or serving):
-        return [AdvanceDeployment(F.SETTLED)]
+        return [AdvanceDeployment(F.SETTLED, message)]
     return []
 
 

@@ -159,6 +159,19 @@ class SaveSampler(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ttl_seconds: int | None = None
 
 
+class SaveExternal(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Writes the serving weights, to be taken elsewhere, under `external/<name>` in the store: a PEFT
+    directory of a LoRA slot, a Hugging Face directory of a full one. No delta descends from it.
+
+    The same weights again under their name succeed, others are DuplicateCheckpoint.
+    """
+
+    slot: str
+    name: str
+    metadata: dict[str, str] = {}
+    ttl_seconds: int | None = None
+
+
 class AdoptSnapshot(msgspec.Struct, frozen=True, tag=True):
     """Replay of a SaveSampler that is committed: check that the weights still have its digest and
     make it the parent of the next delta."""
@@ -214,6 +227,7 @@ Request = (
     | OptimStep
     | DiscardGradients
     | SaveSampler
+    | SaveExternal
     | AdoptSnapshot
     | SaveState
     | LoadState
@@ -273,6 +287,15 @@ class SamplerSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     note: str = ""
 
 
+class ExternalSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    name: str
+    kind: str
+    """base or lora"""
+    step: int
+    size_bytes: int
+    digest: str
+
+
 class StateSaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
     step: int
@@ -316,6 +339,7 @@ Reply = (
     | Stepped
     | GradientsDiscarded
     | SamplerSaved
+    | ExternalSaved
     | StateSaved
     | StateLoaded
     | RecoverySaved

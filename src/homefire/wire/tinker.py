@@ -97,14 +97,25 @@ class SaveWeights(msgspec.Struct, frozen=True):
 
 
 class SaveWeightsForSampler(msgspec.Struct, frozen=True):
+    """With a `path` to keep, or with a `sampling_session_seq_id` to sample at once."""
+
     model_id: str
     seq_id: int
     path: str | None = None
     sampling_session_seq_id: int | None = None
+    kind: str | None = None
     checkpoint_type: str | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+
+
+class SaveWeightsExternal(msgspec.Struct, frozen=True):
+    model_id: str
+    seq_id: int
+    path: str
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
 
 
 class LoadWeights(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ from homefire.wire.engine import (
     DiscardGradients,
     Done,
     ExecutionPlan,
+    ExternalSaved,
     Forward,
     ForwardBackward,
     GradientsDiscarded,
@@ -48,6 +49,7 @@ from homefire.wire.engine import (
     RecoverySaved,
     Rows,
     SamplerSaved,
+    SaveExternal,
     SaveRecovery,
     SaveSampler,
     SaveState,
@@ -248,6 +250,9 @@ class SlotEngine:
 
     def save_sampler(self, request: SaveSampler) -> SamplerSaved:
         return snapshots.save_sampler(self._bucket, self._slots.get(request.slot), request)
+
+    def save_external(self, request: SaveExternal) -> ExternalSaved:
+        return snapshots.save_external(self._bucket, self._slots.get(request.slot), request)
 
     def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved:
         slot = self._slots.get(request.slot)

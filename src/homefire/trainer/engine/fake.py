@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from homefire.checkpoints import read_model_directory
+from homefire.foundation.clock import Clock
 from homefire.model import bigram
 from homefire.trainer.engine.bigram_weights import BigramFull, BigramLora, BigramReference
 from homefire.trainer.engine.engine import SlotEngine
@@ -19,8 +20,8 @@ from homefire.wire.engine import LoraSpec, OpenModel
 _CONTEXT_LENGTH = 1 << 20
 
 
-def fake_engine() -> SlotEngine:
-    return SlotEngine(open_network)
+def fake_engine(clock: Clock | None = None) -> SlotEngine:
+    return SlotEngine(open_network, clock=clock)
 
 
 def open_network(request: OpenModel) -> BigramNetwork:

@@ -11,6 +11,7 @@ from homefire.wire.engine import (
     Digest,
     DiscardGradients,
     Done,
+    ExternalSaved,
     Forward,
     ForwardBackward,
     GradientsDiscarded,
@@ -24,6 +25,7 @@ from homefire.wire.engine import (
     RecoverySaved,
     Rows,
     SamplerSaved,
+    SaveExternal,
     SaveRecovery,
     SaveSampler,
     SaveState,
@@ -58,6 +60,8 @@ class TrainingEngine(Protocol):
     def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded: ...
 
     def save_sampler(self, request: SaveSampler) -> SamplerSaved: ...
+
+    def save_external(self, request: SaveExternal) -> ExternalSaved: ...
 
     def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved: ...
 

@@ -29,6 +29,7 @@ from homefire.wire.engine import (
     OptimStep,
     Reply,
     Request,
+    SaveExternal,
     SaveRecovery,
     SaveSampler,
     SaveState,
@@ -92,6 +93,8 @@ def _dispatch_without_arrays(engine: TrainingEngine, message: Request) -> Reply:
             return engine.optim_step(message)
         case SaveSampler():
             return engine.save_sampler(message)
+        case SaveExternal():
+            return engine.save_external(message)
         case AdoptSnapshot():
             return engine.adopt_snapshot(message)
         case SaveState():

@@ -23,7 +23,13 @@ from homefire.checkpoints import (
 from homefire.checkpoints.lineage import MAX_CHAIN
 from homefire.trainer.engine.bucket import Bucket
 from homefire.trainer.engine.slots import Committed, Slot
-from homefire.wire.engine import LoraSpec, SamplerSaved, SaveSampler
+from homefire.wire.engine import (
+    ExternalSaved,
+    LoraSpec,
+    SamplerSaved,
+    SaveExternal,
+    SaveSampler,
+)
 from homefire.wire.errors import (
     DigestMismatch,
     DuplicateCheckpoint,
@@ -52,6 +58,26 @@ def save_sampler(bucket: Bucket, slot: Slot, request: SaveSampler) -> SamplerSav
         manifest, note = _write(bucket, slot, key, serving, info, request.checkpoint_type)
     slot.committed = Committed(manifest, serving)
     return _saved(manifest, note)
+
+
+def save_external(bucket: Bucket, slot: Slot, request: SaveExternal) -> ExternalSaved:
+    """Writes and commits the serving weights whole. The slot's chain of deltas does not notice."""
+    key = bucket.key(slot.name, CheckpointFamily.EXTERNAL, request.name)
+    serving = slot.trainable().serving()
+    if bucket.store.exists(key):
+        manifest = _same_again(bucket.store.manifest(key), serving)
+    else:
+        info = bucket.info(
+            step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds
+        )
+        manifest, _ = _write(bucket, slot, key, serving, info, "base")
+    return ExternalSaved(
+        name=manifest.identity,
+        kind=CheckpointKind(manifest.kind).value,
+        step=manifest.step,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.digest,
+    )
 
 
 def adopt_snapshot(bucket: Bucket, slot: Slot, identity: str) -> SamplerSaved:

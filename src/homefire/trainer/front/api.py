@@ -25,11 +25,10 @@ from homefire.trainer.front.operations import (
     OperationKind,
     refuse,
     run_pass,
-    save_snapshot,
-    save_train_state,
     step_optimizer,
 )
 from homefire.trainer.front.records import FailedResult, PassResult, PlainResult, Result
+from homefire.trainer.front.save_requests import save_external, save_snapshot, save_train_state
 from homefire.trainer.front.service import Front
 from homefire.wire import tinker, tinker_proto
 from homefire.wire.engine import SlotKind
@@ -96,6 +95,7 @@ class TrainerApi:
             "optim_step": self.optim_step,
             "save_weights": self.save_weights,
             "save_weights_for_sampler": self.save_weights_for_sampler,
+            "save_weights_external": self.save_weights_external,
             "load_weights": self.load_weights,
             "load_adapter": self.load_adapter,
             "weights_info": self.weights_info,
@@ -258,7 +258,15 @@ class TrainerApi:
 
     async def save_weights_for_sampler(self, request: Request) -> Response:
         body = await read_json(request, tinker.SaveWeightsForSampler)
-        return await self._submit(request, body.model_id, body.seq_id, save_snapshot(body))
+        handle = self._admission.handle(body.model_id)
+        operation = save_snapshot(
+            body, sampler=self._spec.sampler, session_id=handle.session_id, run=handle.slot
+        )
+        return await self._submit(request, body.model_id, body.seq_id, operation)
+
+    async def save_weights_external(self, request: Request) -> Response:
+        body = await read_json(request, tinker.SaveWeightsExternal)
+        return await self._submit(request, body.model_id, body.seq_id, save_external(body))
 
     async def load_weights(self, request: Request) -> Response:
         body = await read_json(request, tinker.LoadWeights)
@@ -321,7 +329,7 @@ class TrainerApi:
         store = self._front.store
 
         def find() -> Manifest:
-            return store.manifest(find_state(store, path, spec=self._spec, slot=slot))
+            return store.loadable(find_state(store, path, spec=self._spec, slot=slot))
 
         return await asyncio.to_thread(find)
 

@@ -28,6 +28,7 @@ _SESSION_MARK = "-s"
 _SEGMENTS = {
     CheckpointFamily.STATE: "weights",
     CheckpointFamily.SAMPLER: "sampler_weights",
+    CheckpointFamily.EXTERNAL: "external_weights",
 }
 """What the protocol calls a family in a path."""
 
@@ -51,7 +52,7 @@ def checkpoint_path(run: str, family: CheckpointFamily, name: str) -> str:
 def parse_state_path(path: str, *, job: str, slot: str) -> StatePath:
     """`job` and `slot` are the model's own, which bare names belong to.
 
-    Raises WrongCheckpointKind for a sampler snapshot's path, InvalidArgument for no path at all.
+    Raises WrongCheckpointKind for the path of anything else, InvalidArgument for no path at all.
     """
     if path.startswith(_CROSS_JOB):
         source, _, name = path.removeprefix(_CROSS_JOB).partition("/")
@@ -126,7 +127,7 @@ def _unknown(store: CheckpointStore, path: StatePath, spec: TrainerSpec) -> Unkn
 
 def _not_a_state(path: str) -> WrongCheckpointKind:
     return WrongCheckpointKind(
-        f"{path!r} is a sampler snapshot: it has no optimizer and rounded weights",
+        f"{path!r} is no training state: it has rounded weights and no optimizer",
         hint="load a state that save_state wrote",
         field="path",
     )

@@ -16,6 +16,7 @@ from homefire.trainer.front.operations import (
     Operation,
     Refused,
     RunPass,
+    SaveExternalWeights,
     SaveSnapshot,
     SaveTrainState,
     StepOptimizer,
@@ -105,6 +106,8 @@ class LiveModel:
                 return await self._checkpoints.save_state(operation, handle, seq=request.seq)
             case SaveSnapshot():
                 return await self._checkpoints.save_snapshot(operation, handle)
+            case SaveExternalWeights():
+                return await self._checkpoints.save_external(operation, handle)
             case LoadTrainState():
                 return await self._load(operation, handle)
             case CreateHandle():
@@ -161,7 +164,7 @@ class LiveModel:
         loaded = await self._checkpoints.load_state(operation, handle)
         self._steps[handle.slot] = loaded.step
         fields: Fields = {
-            "name": operation.path,
+            "name": self._checkpoints.full_path(operation.path, handle.slot),
             "with_optimizer": operation.with_optimizer,
             "digest": loaded.digest,
         }
@@ -190,6 +193,9 @@ class LiveModel:
             "num_backward_calls": discarded.num_backward_calls,
             "num_loss_tokens": discarded.num_loss_tokens,
         }
+        if operation.load is not None:
+            path = self._checkpoints.full_path(operation.load.path, operation.slot)
+            fields = {**fields, "name": path}
         return Outcome(PlainResult(body), event="model_created", fields=fields)
 
     async def _created(self, operation: CreateHandle, handle: Handle) -> Body:

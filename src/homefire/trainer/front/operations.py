@@ -19,13 +19,9 @@ from homefire.wire.tinker import (
     OptimStepRequest,
     Pass,
     RejectedPass,
-    SaveWeights,
-    SaveWeightsForSampler,
 )
 
-SAMPLER_TYPE_KEY = "homefire.checkpoint_type"
 BASE_ONLY_KEY = "homefire.base_only"
-_SAMPLER_TYPES = frozenset({"base", "delta"})
 
 
 class OperationKind(StrEnum):
@@ -41,6 +37,8 @@ class OperationKind(StrEnum):
     """Weights and optimizer, to go on from."""
     SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
     """A snapshot to serve."""
+    SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
+    """Weights to be taken elsewhere."""
     LOAD_WEIGHTS = "load_weights"
     """Replaces the weights, and clears the accumulated gradient."""
     LOAD_ADAPTER = "load_adapter"
@@ -75,6 +73,13 @@ class SaveSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag="save_sampler"
     checkpoint_type: str
     ttl_seconds: int | None = None
     metadata: dict[str, str] = {}
+    sampling_session_id: str = ""
+    """The session that samples it, of a save that was asked for without a path."""
+
+
+class SaveExternalWeights(msgspec.Struct, frozen=True, kw_only=True, tag="save_external"):
+    name: str
+    ttl_seconds: int | None = None
 
 
 class LoadTrainState(msgspec.Struct, frozen=True, tag="load_state"):
@@ -114,6 +119,7 @@ Operation = (
     | StepOptimizer
     | SaveTrainState
     | SaveSnapshot
+    | SaveExternalWeights
     | LoadTrainState
     | CreateHandle
     | UnloadHandle
@@ -150,6 +156,8 @@ def kind_of(operation: Operation) -> OperationKind:
             return OperationKind.SAVE_WEIGHTS
         case SaveSnapshot():
             return OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+        case SaveExternalWeights():
+            return OperationKind.SAVE_WEIGHTS_EXTERNAL
         case LoadTrainState():
             return OperationKind.LOAD_WEIGHTS
         case CreateHandle():
@@ -200,55 +208,6 @@ def _normalization(request: OptimStepRequest, fields: AdamFields) -> GradNormali
         raise InvalidArgument(
             f"{field} {asked!r} is unknown", hint=f"use {known}", field=field
         ) from exc
-
-
-def save_train_state(request: SaveWeights) -> SaveTrainState:
-    return SaveTrainState(
-        name=request.path,
-        overwrite=bool(request.overwrite),
-        ttl_seconds=request.ttl_seconds,
-        metadata=text_metadata(request.user_metadata),
-    )
-
-
-def save_snapshot(request: SaveWeightsForSampler) -> SaveSnapshot | Refused:
-    """The type is the request's, else what our SDK puts into the metadata, else base.
-
-    An adapter is always written whole, whatever the type.
-    """
-    kind = OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
-    metadata = text_metadata(request.user_metadata or request.metadata)
-    asked = request.checkpoint_type or metadata.pop(SAMPLER_TYPE_KEY, None) or "base"
-    if request.path is None:
-        return refuse(kind, _no_sampling("save_weights_for_sampler without a path"))
-    if asked not in _SAMPLER_TYPES:
-        return refuse(kind, _unknown_type(asked))
-    return SaveSnapshot(
-        name=request.path,
-        checkpoint_type=asked,
-        ttl_seconds=request.ttl_seconds,
-        metadata=metadata,
-    )
-
-
-def _unknown_type(asked: str) -> HomefireError:
-    if asked == "merged_base":
-        return Unsupported(
-            "checkpoint_type 'merged_base' is not supported",
-            hint="save the adapter and promote it",
-            field="checkpoint_type",
-        )
-    return InvalidArgument(
-        f"checkpoint_type {asked!r} is unknown", hint="use base or delta", field="checkpoint_type"
-    )
-
-
-def _no_sampling(what: str) -> Unsupported:
-    return Unsupported(
-        f"{what}: a dedicated trainer does not sample",
-        hint="save under a name, hot load it into a deployment and sample there",
-        field="path",
-    )
 
 
 def text_metadata(given: Mapping[str, Any] | None) -> dict[str, str]:

@@ -49,6 +49,7 @@ from homefire.wire.specs import TrainerSpec
 _CHANGING = frozenset(OperationKind) - {
     OperationKind.FORWARD,
     OperationKind.SAVE_WEIGHTS,
+    OperationKind.SAVE_WEIGHTS_EXTERNAL,
     OperationKind.LOAD_ADAPTER,
 }
 

@@ -7,7 +7,12 @@ import asyncio
 from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.trainer.front.checkpoint_paths import find_state
 from homefire.trainer.front.engine_process import Engine, ask
-from homefire.trainer.front.operations import LoadTrainState, SaveSnapshot, SaveTrainState
+from homefire.trainer.front.operations import (
+    LoadTrainState,
+    SaveExternalWeights,
+    SaveSnapshot,
+    SaveTrainState,
+)
 from homefire.trainer.front.outcome import Fields, Outcome
 from homefire.trainer.front.records import Handle, PlainResult
 from homefire.trainer.front.slot_policy import SlotPolicy
@@ -67,8 +72,34 @@ class SlotCheckpoints:
             "note": saved.note,
         }
         path = self._policy.path(handle.slot, CheckpointFamily.SAMPLER, saved.identity)
-        body = {"type": "save_weights_for_sampler", "path": path, "step": saved.step}
+        answer = {"path": path}
+        if operation.sampling_session_id:
+            answer = {"sampling_session_id": operation.sampling_session_id}
+            fields = {**fields, **answer}
+        body = {"type": "save_weights_for_sampler", **answer, "step": saved.step}
         return Outcome(PlainResult({**body, **fields}), event="snapshot_saved", fields=fields)
+
+    async def save_external(self, operation: SaveExternalWeights, handle: Handle) -> Outcome:
+        message = wire.SaveExternal(
+            slot=handle.slot,
+            name=check_name(operation.name, field="path"),
+            ttl_seconds=operation.ttl_seconds,
+        )
+        saved = await ask(self._engine, message, wire.ExternalSaved)
+        fields: Fields = {
+            "name": saved.name,
+            "kind": saved.kind,
+            "size_bytes": saved.size_bytes,
+            "digest": saved.digest,
+        }
+        path = self._policy.path(handle.slot, CheckpointFamily.EXTERNAL, saved.name)
+        body = {"type": "save_weights_external", "path": path, "size_bytes": saved.size_bytes}
+        return Outcome(PlainResult({**body}), event="external_saved", fields=fields)
+
+    def full_path(self, path: str, slot: str) -> str:
+        """As records name a state: a bare name means nothing without its slot."""
+        is_bare = "://" not in path
+        return self._policy.path(slot, CheckpointFamily.STATE, path) if is_bare else path
 
     async def load_state(self, operation: LoadTrainState, handle: Handle) -> wire.StateLoaded:
         key = await asyncio.to_thread(

@@ -290,6 +290,8 @@ class Worker:
             self._events.append(outcome.event, **common, ms=round(ms, 2), **outcome.fields)
             if request.kind is OperationKind.CREATE_MODEL:
                 self._tell_fencing(request, outcome)
+            if "sampling_session_id" in outcome.fields:
+                self._tell_sampling_session(request, outcome)
 
     def _tell_fencing(self, request: Request, outcome: Outcome) -> None:
         handle = self._ledger.handles[request.model_id]
@@ -300,6 +302,17 @@ class Worker:
             counts = {k: outcome.fields[k] for k in ("num_backward_calls", "num_loss_tokens")}
             model_id = handle.fenced[-1] if handle.fenced else handle.model_id
             self._events.append("gradients_discarded", model_id=model_id, **who, **counts)
+
+    def _tell_sampling_session(self, request: Request, outcome: Outcome) -> None:
+        handle = self._ledger.handles[request.model_id]
+        self._events.append(
+            "sampling_session_created",
+            sampling_session_id=outcome.fields["sampling_session_id"],
+            identity=outcome.fields["identity"],
+            model_id=handle.model_id,
+            session_id=handle.session_id,
+            base_model=handle.base_model,
+        )
 
     def _seconds_since(self, started: float) -> float:
         return round(self._clock.monotonic() - started, 6)

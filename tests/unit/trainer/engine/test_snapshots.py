@@ -6,7 +6,7 @@ import pytest
 
 from homefire.checkpoints import DirectoryStore, materialize
 from homefire.trainer.engine import snapshots
-from homefire.wire.engine import AdoptSnapshot, SaveSampler, SlotKind
+from homefire.wire.engine import AdoptSnapshot, SaveExternal, SaveSampler, SlotKind
 from homefire.wire.errors import (
     DuplicateCheckpoint,
     FailedPrecondition,
@@ -93,6 +93,17 @@ def test_adopting_what_other_weights_wrote_is_a_divergence(make_trainer):
         other.engine.adopt_snapshot(AdoptSnapshot("policy", "one"))
     with pytest.raises(UnknownSnapshot):
         other.engine.adopt_snapshot(AdoptSnapshot("policy", "never"))
+
+
+@pytest.mark.parametrize(("slot", "kind"), [(SlotKind.FULL, "base"), (SlotKind.LORA, "lora")])
+def test_an_export_is_whole_and_nothing_descends_from_it(make_trainer, slot, kind):
+    trainer = make_trainer().open(slot).train(0)
+    snapshot = trainer.save("one")
+    exported = trainer.train(1).engine.save_external(SaveExternal(slot="policy", name="x"))
+    assert (exported.kind, exported.step, exported.digest) == (kind, 2, trainer.digest())
+    assert trainer.train(2).save("two").parent in (snapshot.identity, None)
+    with pytest.raises(DuplicateCheckpoint, match="'x' exists"):
+        trainer.engine.save_external(SaveExternal(slot="policy", name="x"))
 
 
 def test_an_adapter_is_written_whole_every_time(make_trainer, tmp_path):

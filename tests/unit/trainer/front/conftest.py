@@ -46,9 +46,9 @@ class EngineInProcess:
 
     pid = 4711
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, orders: Orders, clock: Clock) -> None:
         self._orders = orders
-        self._engine = fake_engine()
+        self._engine = fake_engine(clock)
         self._ended = asyncio.Event()
         orders.num_started += 1
 
@@ -225,12 +225,12 @@ def start_front(make_spec: Callable[..., TrainerSpec]) -> StartFront:
         crash: bool = False,
         **spec: Any,
     ) -> AsyncIterator[Client]:
-        told = orders or Orders()
+        told, now = orders or Orders(), clock or ManualClock()
 
         async def start_engine() -> EngineInProcess:
-            return EngineInProcess(told)
+            return EngineInProcess(told, now)
 
-        front = Front(make_spec(**spec), clock or ManualClock(), start_engine)
+        front = Front(make_spec(**spec), now, start_engine)
         transport = httpx.ASGITransport(app=build_app(front))
         headers = {SECRET_HEADER: SECRET}
         async with httpx.AsyncClient(

@@ -11,9 +11,9 @@ from homefire.trainer.front.operations import (
     decode,
     digest_of,
     encode,
-    save_snapshot,
     step_optimizer,
 )
+from homefire.trainer.front.save_requests import save_snapshot
 from homefire.wire.engine import AdamParams, GradNormalization
 from homefire.wire.tinker import OptimStepRequest, Pass, Row, SaveWeightsForSampler, TensorValue
 
@@ -71,7 +71,7 @@ def test_the_checkpoint_type_is_the_requests_then_the_metadatas_then_base(
 ) -> None:
     request = '{"model_id":"m","seq_id":1,"path":"s",' + body + "}"
     decoded = msgspec.json.decode(request, type=SaveWeightsForSampler)
-    operation = save_snapshot(decoded)
+    operation = save_snapshot(decoded, sampler="", session_id="s", run="policy")
     assert isinstance(operation, SaveSnapshot)
     assert operation.checkpoint_type == expected
 

@@ -76,6 +76,8 @@ class Ledger:
         """By model id."""
         self.points: list[PointTaken] = []
         """Recovery points, oldest first."""
+        self.has_loaded = False
+        """A state was loaded since the newest point: a recovery would load it again."""
         self.steps: dict[str, int] = {}
         """Optimizer steps by slot, closed slots included."""
         self.position = 0
@@ -94,6 +96,7 @@ class Ledger:
                 self._complete(record, segment)
             case PointTaken():
                 self.points = [*self.points, record][-NUM_POINTS_KEPT:]
+                self.has_loaded = False
             case Snapshot():
                 self._restore(record)
             case Reopened():
@@ -230,8 +233,13 @@ class Ledger:
                 handle.hole = None
             case OperationKind.LOAD_WEIGHTS if record.ok:
                 handle.hole = None
+                self.has_loaded = True
             case OperationKind.CREATE_MODEL if not record.ok:
                 handle.failure = _why(record)
+            case OperationKind.CREATE_MODEL:
+                create = operations.decode(request.operation)
+                loads = isinstance(create, CreateHandle) and create.load is not None
+                self.has_loaded = self.has_loaded or loads
             case OperationKind.UNLOAD_MODEL if record.ok:
                 handle.unloaded = True
             case _:

@@ -20,7 +20,7 @@ from homefire.trainer.front.engine_process import Engine, EngineDied
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
-from homefire.trainer.front.operations import Operation, OperationKind
+from homefire.trainer.front.operations import Operation, OperationKind, SaveTrainState
 from homefire.trainer.front.outcome import Outcome
 from homefire.trainer.front.records import Completed, Handle, encode_result
 from homefire.trainer.front.recovery import Recovered, Recovery, divergence
@@ -215,6 +215,7 @@ class Worker:
         request = self._ledger.requests[self._ledger.queue[0]]
         handle = self._ledger.handles[request.model_id]
         operation = operations.decode(request.operation)
+        await self._keep_what_was_loaded(model, operation)
         started = self._clock.monotonic()
         try:
             outcome = await self._outcome(model, request, operation, handle)
@@ -224,6 +225,12 @@ class Worker:
         step = self._step_of(model, handle.slot)
         await self._complete(request, outcome, step=step)
         self._tell(request, outcome, step=step, ms=1000 * self._seconds_since(started))
+
+    async def _keep_what_was_loaded(self, model: LiveModel, operation: Operation) -> None:
+        """A replay would load a state again, which is another one once it is overwritten."""
+        overwrites = isinstance(operation, SaveTrainState) and operation.overwrite
+        if overwrites and self._ledger.has_loaded:
+            await self._take_point(model)
 
     def _step_of(self, model: LiveModel, slot: str) -> int:
         """A closed slot keeps the number that it had."""

@@ -216,13 +216,14 @@ _numbers = itertools.count()
         st.lists(st.sampled_from(_OPERATIONS), min_size=2, max_size=8), min_size=2, max_size=3
     ),
     order=st.randoms(use_true_random=False),
-    deaths=st.lists(st.sampled_from(_DEATHS), max_size=2),
+    deaths=st.lists(st.sampled_from(_DEATHS), max_size=3, unique=True),
     crash_after=st.integers(0, 12),
 )
 def test_each_tenant_ends_bit_for_bit_as_if_alone_whatever_dies_between(
     start_pool, tenants: list[Tenant], order, deaths, crash_after: int
 ) -> None:
-    """Adapter, optimizer and gradient: all that a last backward and step depend on."""
+    """Adapter, optimizer and gradient: all that a last backward and step depend on. No request dies
+    twice: that one would be given up."""
     schedule = [number for number, tenant in enumerate(tenants) for _ in tenant]
     order.shuffle(schedule)
     together = asyncio.run(_run(start_pool, tenants, schedule, deaths, crash_after))

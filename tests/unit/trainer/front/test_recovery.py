@@ -176,6 +176,28 @@ async def test_points_are_taken_at_the_interval_two_are_kept_and_the_journal_is_
         assert (await client.status()).num_applied == 12
 
 
+async def test_a_state_that_was_loaded_and_then_overwritten_is_not_loaded_again(
+    start_front,
+) -> None:
+    async with start_front(crash=True) as client:
+        model = await client.model()
+        await client.call("save_weights", model, 1, path="s")
+        await client.train(model, 2, 1)
+        await client.call("load_weights", model, 4, path="s", optimizer=True)
+        await client.train(model, 5, 2)
+        await client.call("save_weights", model, 9, path="s", overwrite=True)
+        await client.train(model, 10, 1)
+        digest = await client.digest()
+        taken = [r for r in client.orders.seen if isinstance(r, SaveRecovery)]
+        assert len(taken) == 1
+        await client.call("save_weights", model, 12, path="s", overwrite=True)
+        assert [r for r in client.orders.seen if isinstance(r, SaveRecovery)] == taken
+    async with start_front() as client:
+        await client.result(await client.forward(model, 13))
+        assert await client.digest() == digest
+        assert (await client.status()).error is None
+
+
 async def test_a_damaged_point_is_passed_over_for_the_one_before(start_front) -> None:
     clock = ManualClock()
     async with start_front(clock=clock) as client:

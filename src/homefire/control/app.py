@@ -18,6 +18,7 @@ from homefire.control.routes import (
     deployments,
     evaluations,
     homefire,
+    hosted,
     hot_load,
     inference,
     internal,
@@ -46,6 +47,7 @@ ENDPOINTS: list[Endpoint] = [
     *inference.ENDPOINTS,
     *tinker.ENDPOINTS,
     *internal.ENDPOINTS,
+    *hosted.ENDPOINTS,
     Endpoint("GET", "/v1/openapi.json", openapi, "This document"),
 ]
 

@@ -13,6 +13,9 @@ from starlette.routing import Route
 
 from homefire.control.plane import ControlPlane
 
+LIST_QUERY = ("pageSize", "pageToken", "filter", "orderBy", "readMask", "showDeleted")
+"""What a list understands; see `listing.py`. `readMask` may be given: everything is in every answer."""
+
 Answer = Callable[[ControlPlane, Request], Awaitable[Response]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,19 @@ from homefire.control.shapes import Shape, find_shape
 from homefire.control.supervision import after_request
 from homefire.control.trainer_keeper import admit_if_room
 from homefire.foundation.clock import Clock
-from homefire.wire.errors import FailedPrecondition, InvalidArgument, NotFound, SequenceTooLong
+from homefire.wire.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SequenceTooLong,
+    Unsupported,
+)
 from homefire.wire.ids import new_id
 from homefire.wire.resources import JobState, TrainerJobRequest
 from homefire.wire.specs import TrainerMode
 
 LARGEST_LORA_RANK = 1024
+_DURATION = re.compile(r"\d{1,9}(\.\d{1,9})?s")
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,11 @@ class Jobs:
         """Tombstones included. NotFound, also for another account's job."""
         return await self.database.transact(lambda c: find_job(c, account, job_id))
 
-    async def list(self, account: str) -> list[JobRow]:
-        """Oldest first, without tombstones."""
+    async def list(self, account: str, *, tombstones: bool = False) -> list[JobRow]:
+        """Oldest first."""
         jobs = await self.database.transact(tables.jobs)
-        return [j for j in jobs if j.account == account and j.state is not JobState.DELETED]
+        own = [job for job in jobs if job.account == account]
+        return [job for job in own if tombstones or job.state is not JobState.DELETED]
 
     async def cancel(self, account: str, job_id: str) -> JobRow:
         return await self._request(account, job_id, JobEvent.CANCEL)
@@ -123,6 +132,7 @@ class Jobs:
         self, request: TrainerJobRequest, training_shape: str | None, promoted: list[ModelRow]
     ) -> JobConfig:
         """What the request resolves to. Blocks on the disk."""
+        _refuse(request)
         asked = request.training_config
         shape = self._shape(training_shape, promoted)
         name = asked.base_model or (shape.base_model if shape else None)
@@ -156,6 +166,34 @@ def find_job(connection: sqlite3.Connection, account: str, job_id: str) -> JobRo
             hint="list the account's rlorTrainerJobs",
         )
     return job
+
+
+def _refuse(request: TrainerJobRequest) -> None:
+    """What would change the training and is not done here; and a duration that is none."""
+    asked = request.training_config
+    hosted = {
+        "trainingConfig.extraArgs": asked.extra_args,
+        "extraValues": request.extra_values,
+    }
+    for field, given in hosted.items():
+        if given:
+            raise Unsupported(
+                f"{field} are arguments of the hosted service's trainer",
+                hint=f"leave {field} out",
+                field=field,
+            )
+    if asked.projection_head_dim:
+        raise Unsupported(
+            "a projection head (projectionHeadDim) is not supported",
+            hint="leave trainingConfig.projectionHeadDim out",
+            field="trainingConfig.projectionHeadDim",
+        )
+    if request.inactivity_timeout and not _DURATION.fullmatch(request.inactivity_timeout):
+        raise InvalidArgument(
+            f"inactivityTimeout {request.inactivity_timeout!r} is no duration",
+            hint="write seconds, e.g. 1800s",
+            field="inactivityTimeout",
+        )
 
 
 def _with_deployment(request: TrainerJobRequest, deployment_id: str | None) -> TrainerJobRequest:

@@ -101,10 +101,14 @@ class DeploymentEvent(StrEnum):
     """As many replicas as wanted are ready."""
     RESIZED = "resized"
     """The user changed how many replicas are wanted."""
+    REATTACHED = "reattached"
+    """The user made it follow another trainer."""
     FAILED = "failed"
     """A replica died too often and none is ready."""
     DELETE = "delete"
     """The user asked to delete it."""
+    UNDELETE = "undelete"
+    """The user wants the deleted deployment back."""
     STOPPED = "stopped"
     """Its last replica has gone."""
 
@@ -114,18 +118,23 @@ D, F = DeploymentState, DeploymentEvent
 DEPLOYMENT_TRANSITIONS: dict[tuple[DeploymentState, DeploymentEvent], DeploymentState] = {
     (D.CREATING, F.SETTLED): D.READY,
     (D.CREATING, F.RESIZED): D.CREATING,
+    (D.CREATING, F.REATTACHED): D.CREATING,
     (D.CREATING, F.FAILED): D.FAILED,
     (D.CREATING, F.DELETE): D.DELETING,
     (D.READY, F.RESIZED): D.UPDATING,
+    (D.READY, F.REATTACHED): D.UPDATING,
     (D.READY, F.FAILED): D.FAILED,
     (D.READY, F.DELETE): D.DELETING,
     (D.UPDATING, F.SETTLED): D.READY,
     (D.UPDATING, F.RESIZED): D.UPDATING,
+    (D.UPDATING, F.REATTACHED): D.UPDATING,
     (D.UPDATING, F.FAILED): D.FAILED,
     (D.UPDATING, F.DELETE): D.DELETING,
     (D.FAILED, F.RESIZED): D.CREATING,
+    (D.FAILED, F.REATTACHED): D.CREATING,
     (D.FAILED, F.DELETE): D.DELETING,
     (D.DELETING, F.STOPPED): D.DELETED,
+    (D.DELETED, F.UNDELETE): D.CREATING,
 }
 
 DEPLOYMENT_IN_TRANSITION = frozenset({D.CREATING, D.UPDATING, D.DELETING})

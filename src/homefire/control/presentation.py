@@ -36,10 +36,14 @@ from homefire.wire.resources import (
     ReplicaStats,
     Status,
     TrainerJob,
-    TrainingConfig,
+    TrainerJobRequest,
 )
 from homefire.wire.specs import TrainerMode
 
+_ASYNC_NOTE = (
+    "hotLoadTransitionType ASYNC drains: running requests end on the weights that they began on, and"
+    " new ones wait for the new weights"
+)
 _CODES = {
     JobState.FAILED: "INTERNAL",
     JobState.CANCELLED: "CANCELLED",
@@ -73,6 +77,12 @@ def job_resource(job: JobRow, *, store: Path) -> TrainerJob:
         hot_load_bucket_url=bucket_url(store, job.account, job.id),
         purpose=request.purpose,
         managed_by=request.managed_by,
+        trainer_replica_count=request.trainer_replica_count,
+        inactivity_timeout=request.inactivity_timeout,
+        disable_inactivity_cleanup=request.disable_inactivity_cleanup,
+        use_reservation=request.use_reservation,
+        reservation_target=request.reservation_target,
+        preemptible=request.preemptible,
     )
 
 
@@ -81,18 +91,47 @@ def bucket_url(store: Path, account: str, job_id: str) -> str:
 
 
 def _job_message(job: JobRow) -> str:
-    ignored = _recorded_only(job.config.request.training_config)
-    note = f"{' and '.join(ignored)} recorded, not applied: optim_step decides" if ignored else ""
-    return "; ".join(filter(None, [job.message, note]))
+    """`Warning:` in front makes the clients print it: what was asked for and not always sent."""
+    request = job.config.request
+    decided = _named(
+        learningRate=request.training_config.learning_rate,
+        gradientAccumulationSteps=_above_one(request.training_config.gradient_accumulation_steps),
+    )
+    pointless = _pointless_here(request)
+    notes = [
+        f"{decided} recorded, not applied: optim_step decides" if decided else "",
+        f"{pointless} recorded, not applied: this machine is your own" if pointless else "",
+    ]
+    text = "; ".join(filter(None, [job.message, *notes]))
+    is_surprising = pointless not in ("", "useReservation") and not job.message
+    return f"Warning: {text}" if is_surprising else text
 
 
-def _recorded_only(config: TrainingConfig) -> list[str]:
-    ignored: list[str] = []
-    if config.learning_rate is not None:
-        ignored.append("learningRate")
-    if (config.gradient_accumulation_steps or 1) != 1:
-        ignored.append("gradientAccumulationSteps")
-    return ignored
+def _pointless_here(request: TrainerJobRequest) -> str:
+    asked = request.training_config
+    return _named(
+        acceleratorType=asked.accelerator_type,
+        acceleratorCount=asked.accelerator_count,
+        region=asked.region,
+        customImageTag=asked.custom_image_tag,
+        nodeCount=_above_one(request.node_count),
+        trainerReplicaCount=_above_one(request.trainer_replica_count),
+        inactivityTimeout=request.inactivity_timeout,
+        disableInactivityCleanup=request.disable_inactivity_cleanup,
+        useReservation=request.use_reservation,
+        reservationTarget=request.reservation_target,
+        preemptible=request.preemptible,
+    )
+
+
+def _above_one(count: int | None) -> bool:
+    return (count or 1) > 1
+
+
+def _named(**given: object) -> str:
+    """The names of those that were given, as a sentence's subject."""
+    *others, last = [name for name, value in given.items() if value] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def deployment_resource(
@@ -121,19 +160,38 @@ def deployment_resource(
         hot_load_bucket_type=config.hot_load_bucket_type,
         hot_load_bucket_url=_bucket_of(trainer, store) if trainer else None,
         hot_load_trainer_job=trainer,
-        hot_load_transition_type=config.hot_load_transition_type
-        or "HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED",
+        hot_load_transition_type=_transition_type(config.hot_load_transition_type),
         deployment_shape=config.deployment_shape,
         accelerator_type=config.accelerator_type,
+        accelerator_count=config.accelerator_count,
+        max_context_length=config.max_context_length,
         placement=Placement(config.region) if config.region else None,
         for_training=config.for_training,
+        preemptible=config.preemptible,
         annotations=config.annotations,
     )
 
 
+def _transition_type(configured: str | None) -> str:
+    """`DRAIN` is a word of ours, and what no word means; clients stop at words that they do not know."""
+    known = configured in ("SYNC", "ASYNC")
+    return configured if configured and known else "HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED"
+
+
 def _deployment_status(deployment: DeploymentRow) -> Status:
     code = "INTERNAL" if deployment.state is DeploymentState.FAILED else "OK"
-    return Status(code, deployment.message)
+    config = deployment.config
+    pointless = _named(
+        acceleratorType=config.accelerator_type,
+        acceleratorCount=config.accelerator_count,
+        region=config.region,
+        preemptible=config.preemptible,
+    )
+    notes = [
+        f"{pointless} recorded, not applied: this machine is your own" if pointless else "",
+        _ASYNC_NOTE if config.hot_load_transition_type == "ASYNC" else "",
+    ]
+    return Status(code, "; ".join(filter(None, [deployment.message, *notes])))
 
 
 def _bucket_of(trainer_job: str, store: Path) -> str:

@@ -20,7 +20,7 @@ from homefire.control.capacity import threads_per_engine
 from homefire.control.catalog import Catalog
 from homefire.control.db import tables
 from homefire.control.db.database import Database
-from homefire.control.db.rows import ModelRow, OperationRow, PromotionSource
+from homefire.control.db.rows import BaseModel, ModelRow, OperationRow, PromotionSource
 from homefire.control.hot_loads import POLICY_SLOT
 from homefire.control.jobs import find_job
 from homefire.control.names import id_in
@@ -134,8 +134,23 @@ class Promotions:
             field="trainer_job_id",
         )
         job = await self._database.transact(lambda c: find_job(c, account, job_id))
+        if request.base_model:
+            await self._check_base_model(request.base_model, job.config.base_model)
         await asyncio.to_thread(self._check_promotable, account, job_id, checkpoint)
         return PromotionSource(job=job_id, checkpoint=checkpoint, base_model=job.config.base_model)
+
+    async def _check_base_model(self, asked: str, trained: BaseModel) -> None:
+        """A model card that names another base model than the trainer's would be a lie."""
+        if asked == trained.name:
+            return
+        promoted = await self._database.transact(tables.models)
+        found = await asyncio.to_thread(self._catalog.resolve, asked, promoted)
+        if found.directory != trained.directory:
+            raise InvalidArgument(
+                f"base_model {asked} is not {trained.name}, which the job trained",
+                hint="give the trainer's base model, or leave it out",
+                field="base_model",
+            )
 
     def _check_promotable(self, account: str, job_id: str, checkpoint: str) -> Manifest:
         def key(family: CheckpointFamily) -> CheckpointKey:

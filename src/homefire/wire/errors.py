@@ -40,6 +40,7 @@
         ├── HotLoadFailed            the replica kept its old weights
         ├── StorageFailed            the disk refused a write
         ├── Overloaded               a queue is full; retry later
+        ├── SwapInProgress           weights are being swapped, and the deployment asked to refuse meanwhile
         ├── Unavailable              a service is down or starting
         └── InternalError            anything else
 
@@ -282,6 +283,12 @@ class Overloaded(ServerError):
     grpc_code = 8
 
 
+class SwapInProgress(ServerError):
+    code = "swap_in_progress"
+    http_status = 425
+    grpc_code = 14
+
+
 class Unavailable(ServerError):
     code = "unavailable"
     http_status = 503
@@ -331,10 +338,11 @@ def from_code(
 def error_body(error: HomefireError, *, request_id: str) -> dict[str, Any]:
     """The JSON body of a failed request, in the union of dialects that our clients read.
 
-    Fireworks reads `error.message` or the gRPC shape (`code`, `message`), tinker prints the body,
-    openai reads `error.message`, `error.type`, `error.code`, `error.param`.
+    Fireworks reads `error.message` or the gRPC shape (`code`, `message`, `details`) on either level,
+    tinker prints the body, openai reads `error.message`, `error.type`, `error.code`, `error.param`.
     """
     kind = "invalid_request_error" if error.category is Category.USER else "server_error"
+    info = _error_info(error, request_id=request_id)
     detail = {
         "code": error.code,
         "category": error.category.value,
@@ -343,6 +351,24 @@ def error_body(error: HomefireError, *, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         "type": kind,
         "param": error.field,
+        "details": [info],
         **error.details,
     }
-    return {"error": detail, "code": error.grpc_code, "message": str(error), "detail": str(error)}
+    return {
+        "error": detail,
+        "code": error.grpc_code,
+        "message": str(error),
+        "detail": str(error),
+        "details": [info],
+    }
+
+
+def _error_info(error: HomefireError, *, request_id: str) -> dict[str, Any]:
+    """`google.rpc.ErrorInfo`: the stable reason that a client may branch on."""
+    metadata = {"request_id": request_id, "field": error.field or ""}
+    return {
+        "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+        "reason": error.code.upper(),
+        "domain": "homefire",
+        "metadata": {name: value for name, value in metadata.items() if value},
+    }

@@ -143,6 +143,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     accelerator_count: int | None = None
     region: str | None = None
     extra_args: list[str] | None = None
+    """Arguments of the hosted trainer: refused unless empty."""
 
 
 class TrainerJobRequest(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -159,8 +160,14 @@ class TrainerJobRequest(msgspec.Struct, frozen=True, rename="camel", kw_only=Tru
     forward_only: bool | None = None
     purpose: str | None = None
     managed_by: str | None = None
+    extra_values: dict[str, str] | None = None
+    """Overrides of the hosted trainer: refused unless empty."""
     inactivity_timeout: str | None = None
-    """Recorded, not applied: on your own machine nothing stops a quiet trainer."""
+    """E.g. `1800s`. Recorded, not applied: on your own machine nothing stops a quiet trainer."""
+    disable_inactivity_cleanup: bool | None = None
+    use_reservation: bool | None = None
+    reservation_target: str | None = None
+    preemptible: bool | None = None
 
 
 class TrainerJob(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -183,6 +190,12 @@ class TrainerJob(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     hot_load_bucket_url: str
     purpose: str | None = None
     managed_by: str | None = None
+    trainer_replica_count: int | None = None
+    inactivity_timeout: str | None = None
+    disable_inactivity_cleanup: bool | None = None
+    use_reservation: bool | None = None
+    reservation_target: str | None = None
+    preemptible: bool | None = None
 
 
 class TrainerJobList(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -212,8 +225,14 @@ class DeploymentRequest(msgspec.Struct, frozen=True, rename="camel", kw_only=Tru
     accelerator_type: str | None = None
     accelerator_count: int | None = None
     placement: Placement | None = None
+    precision: str | None = None
+    """Refused unless it is what the weights have: `BF16`."""
     for_training: bool | None = None
+    preemptible: bool | None = None
     annotations: dict[str, str] | None = None
+    extra_args: list[str] | None = None
+    """Arguments of the hosted engine: refused unless empty."""
+    extra_values: dict[str, str] | None = None
     max_context_length: int | None = None
     """Tokens of prompt and completion together; the model's own limit when absent."""
 
@@ -248,8 +267,12 @@ class Deployment(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     hot_load_transition_type: str = "HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED"
     deployment_shape: str | None = None
     accelerator_type: str | None = None
+    accelerator_count: int | None = None
+    max_context_length: int
+    precision: str = "BF16"
     placement: Placement | None = None
     for_training: bool = False
+    preemptible: bool = False
     annotations: dict[str, str] = {}
 
 
@@ -399,7 +422,7 @@ class HotLoadSignal(msgspec.Struct, frozen=True, kw_only=True):
     identity: str | None = None
     """A sampler snapshot; null goes back to the base model."""
     reset_prompt_cache: bool | str = True
-    """A boolean, or `all`, `new_session`, `none`."""
+    """A boolean, or `all`, `new_session`, `none`. All do the same: no prompt is cached over a swap."""
 
 
 class LoadingState(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -29,13 +29,14 @@ ODD = [
     "\x01",
     "-rf",
 ]
-_PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 NAMING = [e for e in ENDPOINTS if set(_PARAMETER.findall(e.path)) - {"account"}]
 """Routes whose path names something beside the account."""
 
 
 def filled(path: str, value: str) -> str:
-    own = path.replace("{account}", "local")
+    """The path with `value` for every parameter that does not choose among words of ours."""
+    own = path.replace("{account}", "local").replace("{hosted:hosted}", "datasets")
     return _PARAMETER.sub(quote(value, safe=""), own)
 
 
@@ -125,7 +126,7 @@ def test_the_openapi_document_describes_every_route() -> None:
         for path, operations in document["paths"].items()
         for method in operations
     }
-    assert described == {(e.method, e.path.replace(":path}", "}")) for e in ENDPOINTS}
+    assert described == {(e.method, _PARAMETER.sub(r"{\1}", e.path)) for e in ENDPOINTS}
     job = document["components"]["schemas"]["TrainerJob"]
     assert "trainingConfig" in job["properties"]
 

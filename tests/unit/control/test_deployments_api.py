@@ -63,19 +63,38 @@ async def test_a_mask_of_something_unknown_is_refused_with_what_there_is(control
     assert "hot_load_trainer_job" in refused["error"]["hint"]
 
 
-async def test_a_deployment_can_be_attached_to_another_trainer(control: Any) -> None:
+MASK = f"{ONE}?updateMask=hot_load_trainer_job"
+
+
+async def test_a_deployment_that_is_attached_to_another_trainer_updates_and_is_ready_again(
+    bench: Any, control: Any
+) -> None:
     await control.create_job("j1")
     await control.create_job("j2")
     await control.create_deployment(hotLoadTrainerJob="accounts/local/rlorTrainerJobs/j1")
+    await control.deployment_becomes("READY")
     second = "accounts/local/rlorTrainerJobs/j2"
-    await control.call(
-        "PATCH", f"{ONE}?updateMask=hot_load_trainer_job", {"hotLoadTrainerJob": second}
-    )
+    patched = await control.call("PATCH", MASK, {"hotLoadTrainerJob": second})
+    assert (patched["state"], patched["hotLoadTrainerJob"]) == ("UPDATING", second)
     found = await control.call("GET", ONE)
     assert (found["state"], found["hotLoadTrainerJob"]) == ("READY", second)
     assert found["hotLoadBucketUrl"].endswith("/local/j2/")
+    assert len(bench.launcher.running()) == 3
+    again = await control.call("PATCH", MASK, {"hotLoadTrainerJob": second})
+    assert again["state"] == "READY"
+
+
+async def test_a_deployment_cannot_be_attached_to_what_it_could_not_load(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment()
     missing = {"hotLoadTrainerJob": "accounts/local/rlorTrainerJobs/nope"}
-    await control.call("PATCH", f"{ONE}?updateMask=hot_load_trainer_job", missing, expect=404)
+    await control.call("PATCH", MASK, missing, expect=404)
+    ensure_tiny(bench.home.models / "other")
+    await control.create_job("j2", trainingConfig={"baseModel": "other"})
+    refused = await control.call("PATCH", MASK, {"hotLoadTrainerJob": "j2"}, expect=400)
+    assert "snapshots would not fit" in refused["message"]
+    assert (await control.call("GET", ONE))["hotLoadTrainerJob"] is None
 
 
 async def test_a_trainer_that_does_not_exist_cannot_be_followed(control: Any) -> None:
@@ -98,6 +117,9 @@ async def test_a_trainer_that_does_not_exist_cannot_be_followed(control: Any) ->
         ({"maxReplicaCount": 65}, "0 <= min <= max"),
         ({"baseModel": "nope"}, "base model 'nope' is unknown"),
         ({"maxContextLength": 0}, "maxContextLength 0"),
+        ({"extraArgs": ["--x"]}, "extraArgs are arguments of the hosted service"),
+        ({"extraValues": {"a": "b"}}, "extraValues are arguments of the hosted service"),
+        ({"precision": "FP8"}, "precision 'FP8' is not supported"),
     ],
 )
 async def test_what_cannot_be_served_is_refused_before_there_is_a_deployment(
@@ -165,6 +187,40 @@ async def test_a_soft_deletion_leaves_a_tombstone_that_gives_way_to_a_new_deploy
     assert await control.call("DELETE", ONE) == {}
     await control.create_deployment()
     await control.deployment_becomes("READY")
+
+
+async def test_a_tombstone_is_listed_when_asked_for_and_can_be_brought_back(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment(description="kept")
+    await control.deployment_becomes("READY")
+    early = await control.call("POST", f"{ONE}:undelete", {}, expect=400)
+    assert early["error"]["code"] == "failed_precondition"
+    await control.call("DELETE", ONE)
+    await control.deployment_becomes("DELETED")
+    (found,) = (await control.call("GET", f"{ALL}?showDeleted=true"))["deployments"]
+    assert found["state"] == "DELETED"
+    revived = await control.call("POST", f"{ONE}:undelete", {})
+    assert (revived["state"], revived["description"]) == ("CREATING", "kept")
+    await control.deployment_becomes("READY")
+    assert len(bench.launcher.running()) == 1
+
+
+async def test_an_asynchronous_transition_is_said_to_drain(control: Any) -> None:
+    found = await control.create_deployment(hotLoadTransitionType="ASYNC", preemptible=True)
+    assert found["hotLoadTransitionType"] == "ASYNC"
+    assert found["status"]["message"] == (
+        "preemptible recorded, not applied: this machine is your own; hotLoadTransitionType ASYNC"
+        " drains: running requests end on the weights that they began on, and new ones wait for the"
+        " new weights"
+    )
+
+
+async def test_a_transition_of_our_own_is_not_shown_to_clients_that_would_stop_at_it(
+    control: Any,
+) -> None:
+    found = await control.create_deployment(hotLoadTransitionType="DRAIN")
+    assert found["hotLoadTransitionType"] == "HOT_LOAD_TRANSITION_TYPE_UNSPECIFIED"
 
 
 async def test_a_second_deployment_of_the_same_id_is_a_conflict(control: Any) -> None:

@@ -25,18 +25,32 @@ async def test_a_job_says_what_it_trains_and_where_its_snapshots_lie(
     assert job["createTime"].endswith("Z")
 
 
-async def test_hosted_fields_are_taken_and_kept(control: Any) -> None:
-    job = await control.create_job(
-        serviceMode=True,
-        nodeCount=1,
-        purpose="x",
-        useReservation=True,
-        inactivityTimeout="1800s",
-        trainerReplicaCount=2,
-        trainingConfig={"acceleratorType": "NVIDIA_H200_141GB", "acceleratorCount": 8},
+async def test_hosted_fields_are_kept_and_said_to_have_no_effect(control: Any) -> None:
+    hosted = {
+        "purpose": "x",
+        "useReservation": True,
+        "reservationTarget": "r",
+        "preemptible": True,
+        "inactivityTimeout": "1800s",
+        "disableInactivityCleanup": True,
+        "trainerReplicaCount": 2,
+    }
+    machine = {"acceleratorType": "NVIDIA_H200_141GB", "acceleratorCount": 8}
+    job = await control.create_job(**hosted, trainingConfig=machine)
+    assert {name: job[name] for name in hosted} == hosted
+    assert job["trainingConfig"].items() >= machine.items()
+    message = job["status"]["message"]
+    assert message.startswith("Warning: acceleratorType, acceleratorCount, trainerReplicaCount,")
+    for name in ("inactivityTimeout", "useReservation", "reservationTarget", "preemptible"):
+        assert name in message
+
+
+async def test_what_every_client_sends_anyway_is_no_warning(control: Any) -> None:
+    job = await control.create_job(useReservation=True, trainingConfig={"learningRate": 1e-5})
+    assert job["status"]["message"] == (
+        "learningRate recorded, not applied: optim_step decides; "
+        "useReservation recorded, not applied: this machine is your own"
     )
-    assert job["purpose"] == "x"
-    assert job["trainingConfig"]["acceleratorType"] == "NVIDIA_H200_141GB"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,26 @@ async def test_hosted_fields_are_taken_and_kept(control: Any) -> None:
             {"trainingConfig": {"baseModel": "tiny", "maxContextLength": 4096}},
             "sequence_too_long",
             "trainingConfig.maxContextLength",
+        ),
+        (
+            {"trainingConfig": {"baseModel": "tiny", "projectionHeadDim": 8}},
+            "unsupported",
+            "trainingConfig.projectionHeadDim",
+        ),
+        (
+            {"trainingConfig": {"baseModel": "tiny", "extraArgs": ["--fp8"]}},
+            "unsupported",
+            "trainingConfig.extraArgs",
+        ),
+        (
+            {"trainingConfig": {"baseModel": "tiny"}, "extraValues": {"a": "b"}},
+            "unsupported",
+            "extraValues",
+        ),
+        (
+            {"trainingConfig": {"baseModel": "tiny"}, "inactivityTimeout": "soon"},
+            "invalid_argument",
+            "inactivityTimeout",
         ),
         (
             {"trainingConfig": {"baseModel": "tiny", "loraRank": "eight"}},
@@ -112,17 +146,29 @@ async def test_an_unknown_shape_is_a_404_that_says_what_there_is(control: Any) -
     assert "trainingShapes/tiny-full" in refused["error"]["hint"]
 
 
-async def test_a_list_comes_in_pages_and_tolerates_filters(control: Any) -> None:
+async def test_a_list_comes_in_pages(control: Any) -> None:
     for name in ("a", "b", "c"):
         await control.create_job(name)
-    first = await control.call("GET", f"{JOBS}?pageSize=2&filter=state%3DX&orderBy=name")
+    query = "pageSize=2&filter=training_config.lora_rank%3D0&orderBy=name"
+    first = await control.call("GET", f"{JOBS}?{query}")
     names = [job["name"].rpartition("/")[2] for job in first["rlorTrainerJobs"]]
     token = first["nextPageToken"]
-    second = await control.call("GET", f"{JOBS}?pageSize=2&pageToken={token}")
+    second = await control.call("GET", f"{JOBS}?{query}&pageToken={token}")
     names += [job["name"].rpartition("/")[2] for job in second["rlorTrainerJobs"]]
     assert names == ["a", "b", "c"]
     assert second["nextPageToken"] == ""
     assert second["totalSize"] == 3
+
+
+async def test_tombstones_are_listed_when_asked_for(control: Any) -> None:
+    await control.create_job("gone")
+    await control.create_job("here")
+    await control.call("DELETE", f"{JOBS}/gone")
+    await control.job_becomes("JOB_STATE_DELETED", "gone")
+    assert (await control.call("GET", JOBS))["totalSize"] == 1
+    query = "showDeleted=true&filter=state%3DJOB_STATE_DELETED"
+    (found,) = (await control.call("GET", f"{JOBS}?{query}"))["rlorTrainerJobs"]
+    assert found["name"].endswith("/gone")
 
 
 @pytest.mark.parametrize("query", ["pageSize=x", "pageSize=-1", "pageToken=-5", "pageToken=²"])
@@ -173,3 +219,21 @@ async def test_a_job_and_a_deployment_cannot_both_own_the_bucket(control: Any) -
     refused = await control.create_job("writes", hotLoadDeploymentId="d1", expect=400)
     assert refused["message"].startswith("hotload flow mismatch: ")
     await control.call("GET", f"{JOBS}/writes", expect=404)
+
+
+@pytest.mark.parametrize(
+    "path", ["dpoJobs", "dpoJobs/j/checkpoints", "supervisedFineTuningJobs/j:cancel", "datasets"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PATCH", "DELETE"])
+async def test_what_only_the_hosted_service_has_is_refused_by_name(
+    control: Any, method: str, path: str
+) -> None:
+    refused = await control.call(method, f"/v1/accounts/local/{path}", expect=400)
+    assert refused["error"]["code"] == "unsupported"
+    assert refused["details"][0]["reason"] == "UNSUPPORTED"
+    assert path.partition("/")[0].partition(":")[0] in refused["message"]
+
+
+async def test_a_collection_that_nobody_has_does_not_exist(control: Any) -> None:
+    await control.call("GET", "/v1/accounts/local/dpoJobsOfMine", expect=404)
+    await control.call("DELETE", JOBS, expect=405)

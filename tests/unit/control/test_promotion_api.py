@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from homefire.checkpoints import PromoteSpec
+from homefire.checkpoints import PromoteSpec, ensure_tiny
 from homefire.checkpoints.promote import run_worker
 
 JOB = "accounts/local/rlorTrainerJobs/j1"
@@ -186,12 +186,15 @@ async def _finished(control: Any, name: str) -> Any:
         ("step_1", {"output_model": "accounts/local/models/Not_Valid"}, 400, "invalid_argument"),
         ("step_1", {"output_model": "accounts/other/models/m"}, 404, "not_found"),
         ("step_1", {"output_model": "accounts/local/models/-m"}, 400, "invalid_argument"),
+        ("step_1", {"base_model": "other"}, 400, "invalid_argument"),
+        ("step_1", {"base_model": "nope"}, 400, "unknown_model"),
     ],
 )
 async def test_what_cannot_be_promoted_is_refused_at_once(
     bench: Any, trained: Any, checkpoint: str, changes: Any, status: int, code: str
 ) -> None:
     bench.save_state("state_1")
+    ensure_tiny(bench.home.models / "other")
     refused = await promote(trained, checkpoint, expect=status, **changes)
     assert refused["error"]["code"] == code
 

@@ -43,6 +43,16 @@ def test_a_body_carries_all_that_every_client_dialect_reads(cls):
     assert "do" in body["message"]
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_client_finds_the_reason_of_an_error_on_the_level_that_it_reads(cls):
+    body = error_body(cls("what", field="data[0]"), request_id="r1")
+    for level in (body, body["error"]):
+        (info,) = level["details"]
+        assert info["@type"] == "type.googleapis.com/google.rpc.ErrorInfo"
+        assert info["reason"] == cls.code.upper()
+        assert info["metadata"] == {"request_id": "r1", "field": "data[0]"}
+
+
 def test_wrong_weights_are_told_beside_the_right_ones():
     body = error_body(errors.WeightsMismatch("what", current="step_00010"), request_id="r1")
     assert body["error"]["current_identity"] == "step_00010"

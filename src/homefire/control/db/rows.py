@@ -95,8 +95,10 @@ class DeploymentConfig(msgspec.Struct, frozen=True, kw_only=True):
     hot_load_transition_type: str | None = None
     deployment_shape: str | None = None
     accelerator_type: str | None = None
+    accelerator_count: int | None = None
     region: str | None = None
     for_training: bool = False
+    preemptible: bool = False
     annotations: dict[str, str] = {}
     samples_job: str = ""
     """A sampler of the root Tinker plane: the job whose snapshots its sampling sessions name."""

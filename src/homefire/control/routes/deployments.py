@@ -8,9 +8,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from homefire.control.deployments import given_fields, mask_fields
-from homefire.control.endpoints import Endpoint
-from homefire.control.paging import Page
+from homefire.control.deployment_config import given_fields, mask_fields
+from homefire.control.endpoints import LIST_QUERY, Endpoint
+from homefire.control.listing import Listing
 from homefire.control.plane import ControlPlane, DeploymentView
 from homefire.control.presentation import deployment_resource
 from homefire.control.routes.accounts import own_account
@@ -39,15 +39,15 @@ async def create(plane: ControlPlane, request: Request) -> Response:
 
 
 async def list_deployments(plane: ControlPlane, request: Request) -> Response:
-    account, page = own_account(request), Page.of(request.query_params)
-    rows = await plane.deployments.list(account)
-    items, following = page.cut(rows)
-    views = [await plane.deployment_view(account, row.id) for row in items]
+    account, asked = own_account(request), Listing.of(request.query_params)
+    rows = await plane.deployments.list(account, tombstones=asked.shows_deleted)
+    views = [await plane.deployment_view(account, row.id) for row in rows]
+    found = asked.apply([_resource(plane, view) for view in views])
     return json_response(
         DeploymentList(
-            deployments=[_resource(plane, view) for view in views],
-            next_page_token=following,
-            total_size=len(rows),
+            deployments=found.items,
+            next_page_token=found.next_page_token,
+            total_size=found.total_size,
         )
     )
 
@@ -82,6 +82,12 @@ async def delete(plane: ControlPlane, request: Request) -> Response:
         hard=request.query_params.get("hard", "").lower() == "true",
     )
     return json_response({})
+
+
+async def undelete(plane: ControlPlane, request: Request) -> Response:
+    account, deployment = own_account(request), request.path_params["deployment"]
+    await plane.deployments.undelete(account, deployment)
+    return await _answer(plane, account, deployment)
 
 
 async def get_ledger(plane: ControlPlane, request: Request) -> Response:
@@ -124,9 +130,9 @@ ENDPOINTS = [
         "GET",
         _ALL,
         list_deployments,
-        "Deployments, oldest first",
+        "Deployments, oldest first; tombstones with `showDeleted`",
         DeploymentList,
-        query=("pageSize", "pageToken", "filter", "orderBy"),
+        query=LIST_QUERY,
     ),
     Endpoint(
         "PATCH",
@@ -136,6 +142,7 @@ ENDPOINTS = [
         Deployment,
         ScaleRequest,
     ),
+    Endpoint("POST", f"{_ONE}:undelete", undelete, "Bring a tombstone back", Deployment),
     Endpoint("GET", _ONE, get, "One deployment; held while it is in transition", Deployment),
     Endpoint(
         "PATCH",

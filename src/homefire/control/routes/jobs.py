@@ -6,7 +6,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from homefire.control.db.rows import JobRow
-from homefire.control.endpoints import Endpoint
+from homefire.control.endpoints import LIST_QUERY, Endpoint
+from homefire.control.listing import Listing
 from homefire.control.paging import Page
 from homefire.control.plane import ControlPlane
 from homefire.control.presentation import checkpoint_row, job_resource
@@ -34,12 +35,15 @@ async def create(plane: ControlPlane, request: Request) -> Response:
 
 
 async def list_jobs(plane: ControlPlane, request: Request) -> Response:
-    page = Page.of(request.query_params)
-    jobs = await plane.jobs.list(own_account(request))
-    items, following = page.cut(jobs)
-    resources = [job_resource(job, store=plane.home.store) for job in items]
+    asked = Listing.of(request.query_params)
+    jobs = await plane.jobs.list(own_account(request), tombstones=asked.shows_deleted)
+    found = asked.apply([job_resource(job, store=plane.home.store) for job in jobs])
     return json_response(
-        TrainerJobList(rlor_trainer_jobs=resources, next_page_token=following, total_size=len(jobs))
+        TrainerJobList(
+            rlor_trainer_jobs=found.items,
+            next_page_token=found.next_page_token,
+            total_size=found.total_size,
+        )
     )
 
 
@@ -119,9 +123,9 @@ ENDPOINTS = [
         "GET",
         _ALL,
         list_jobs,
-        "Jobs, oldest first, without tombstones",
+        "Jobs, oldest first; tombstones with `showDeleted`",
         TrainerJobList,
-        query=("pageSize", "pageToken", "filter", "orderBy", "readMask"),
+        query=LIST_QUERY,
     ),
     Endpoint("POST", f"{_ONE}:cancel", cancel, "Stop behind a recovery point", TrainerJob),
     Endpoint("POST", f"{_ONE}:resume", resume, "Go on where the job stopped", TrainerJob),

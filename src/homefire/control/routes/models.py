@@ -7,8 +7,8 @@ from starlette.responses import Response
 
 from homefire.control.db import tables
 from homefire.control.db.rows import OperationRow
-from homefire.control.endpoints import Endpoint
-from homefire.control.paging import Page
+from homefire.control.endpoints import LIST_QUERY, Endpoint
+from homefire.control.listing import Listing
 from homefire.control.plane import ControlPlane
 from homefire.control.presentation import operation_resource
 from homefire.control.promotions import operation_error
@@ -31,10 +31,14 @@ _ONE = f"{_ALL}/{{model}}"
 
 async def list_models(plane: ControlPlane, request: Request) -> Response:
     own_account(request)
-    page = Page.of(request.query_params)
-    models = await plane.models.list()
-    items, following = page.cut(models)
-    return json_response(ModelList(models=items, next_page_token=following, total_size=len(models)))
+    found = Listing.of(request.query_params).apply(await plane.models.list())
+    return json_response(
+        ModelList(
+            models=found.items,
+            next_page_token=found.next_page_token,
+            total_size=found.total_size,
+        )
+    )
 
 
 async def get(plane: ControlPlane, request: Request) -> Response:
@@ -89,7 +93,7 @@ ENDPOINTS = [
         list_models,
         "Base models, aliases and promoted models",
         ModelList,
-        query=("pageSize", "pageToken", "filter", "orderBy"),
+        query=LIST_QUERY,
     ),
     Endpoint("GET", _ONE, get, "One model", Model),
     Endpoint("DELETE", _ONE, delete, "Delete a promoted model and its files"),

@@ -117,6 +117,7 @@ class LiveGeneration:
     """A submitted generation that ends with its client: a disconnect cancels it."""
 
     def __init__(self, request: Request, order: Order, replica: Replica) -> None:
+        replica.check_open()
         self.reply = Reply(order.num_choices)
         self._engine: InferenceEngine = replica.engine
         sequences = order.sequences(replica.tokenizer, replica.limits)

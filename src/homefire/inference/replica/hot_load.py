@@ -3,9 +3,10 @@
     idle ──request──▶ loading (read, apply, verify) ──▶ draining (swap between steps) ──▶ idle
                          └────────── any failure ──────────┴──▶ error (the old weights serve)
 
-One load runs at a time. Of the requests that come meanwhile the newest is taken up next. Every
-transition is a drain, whatever name it was asked by, and no prompt is cached from one generation to the
-next, so there is none to reset.
+One load runs at a time. Of the requests that come meanwhile the newest is taken up next. Every swap
+drains: running sequences finish on the old weights, and new ones wait for the new weights, or are
+refused in a `SYNC` transition. No prompt is cached from one generation to the next, so there is none to
+reset.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from homefire.inference.engine.protocol import (
     Swapped,
     WeightSet,
 )
-from homefire.wire.errors import DigestMismatch, HomefireError, InvalidArgument
+from homefire.wire.errors import DigestMismatch, HomefireError, InvalidArgument, SwapInProgress
 from homefire.wire.ids import BASE_IDENTITY, Identity
 from homefire.wire.internal import HotLoadRequest, HotLoadStage, LedgerEntry, SnapshotLocation
 from homefire.wire.manifest import CheckpointKind
 
 log = logging.getLogger(__name__)
 _LEDGER_LENGTH = 200
+_REFUSING = "SYNC"
+"""The transition in which new requests are refused while the weights are being swapped."""
 
 
 class HotLoader:
@@ -53,6 +56,7 @@ class HotLoader:
         self._engine: InferenceEngine | None = None
         self._task: asyncio.Task[None] | None = None
         self._served_from: SnapshotLocation | None = None
+        self._is_refusing = False
         self.stage = HotLoadStage.IDLE
         self.target: str | None = None
         self.error = ""
@@ -70,6 +74,14 @@ class HotLoader:
         if self._task is None:
             self._enter(HotLoadStage.LOADING, wanted.identity)
             self._start()
+
+    def check_open(self) -> None:
+        """SwapInProgress while a `SYNC` transition drains and swaps."""
+        if self._is_refusing:
+            raise SwapInProgress(
+                f"the weights are being swapped to {self.target or BASE_IDENTITY!r}",
+                hint="retry in a moment, or set hotLoadTransitionType to wait instead",
+            )
 
     def attach(self, engine: InferenceEngine) -> None:
         """The engine is ready; what was requested before is loaded now."""
@@ -101,7 +113,7 @@ class HotLoader:
             weights = await self._read(engine, wanted)
             load_ms = 1000 * (self._clock.monotonic() - began_at)
             self._enter(HotLoadStage.DRAINING, wanted.identity)
-            swapped = await self._swap(engine, weights)
+            swapped = await self._swap(engine, weights, wanted.transition)
         except Exception as error:  # noqa: BLE001 - a worker loop: the old weights serve on
             self._report_failure(wanted, error, load_ms=1000 * (self._clock.monotonic() - began_at))
         else:
@@ -123,9 +135,13 @@ class HotLoader:
             )
         return weights
 
-    async def _swap(self, engine: InferenceEngine, weights: WeightSet) -> Swapped:
-        done = engine.swap_weights(weights, drain_timeout_s=self._drain_timeout_s)
-        return await asyncio.wrap_future(done)
+    async def _swap(self, engine: InferenceEngine, weights: WeightSet, transition: str) -> Swapped:
+        self._is_refusing = transition == _REFUSING
+        try:
+            done = engine.swap_weights(weights, drain_timeout_s=self._drain_timeout_s)
+            return await asyncio.wrap_future(done)
+        finally:
+            self._is_refusing = False
 
     def _held(self, engine: InferenceEngine, location: SnapshotLocation) -> Held | None:
         """What is served, when a delta in that place may build on it."""

@@ -90,6 +90,10 @@ class Replica:
         """`model` in answers, e.g. `accounts/fireworks/models/qwen3-8b@step_00010-4b50536f`."""
         return f"{self.spec.base_model}@{weights.name}"
 
+    def check_open(self) -> None:
+        """SwapInProgress while a transition that refuses new requests swaps the weights."""
+        self._loader.check_open()
+
     def check_asked(self, model: str, weights: ServedWeights) -> None:
         """WeightsMismatch when the request's model names another identity than `weights`."""
         asked = identity_asked(model)

@@ -145,6 +145,38 @@ async def test_the_newest_request_is_taken_up_after_the_load_in_progress(
         assert [entry.identity for entry in status.ledger] == [first, others[-1]]
 
 
+@pytest.mark.parametrize(
+    ("transition", "status", "answered_by"), [("SYNC", 425, None), ("ASYNC", 200, "step-5")]
+)
+async def test_a_sync_transition_refuses_what_comes_while_the_weights_are_swapped(
+    start_replica: Any, snapshots: Snapshots, transition: str, status: int, answered_by: str | None
+) -> None:
+    """The others wait for the new weights. What runs ends on the old ones in both."""
+    location = {"account": "local", "job": "job-1"}
+    body = {"identity": snapshots.base(5), "location": location, "transition": transition}
+    async with start_replica(max_context_length=1 << 22) as caller:
+        endless = {**ASK, "max_tokens": 1 << 21, "stream": True}
+        running = asyncio.create_task(caller.complete(**endless))
+        async with asyncio.timeout(20):
+            while not (await caller.status()).running:
+                await asyncio.sleep(0)
+        await caller.post("/internal/hot_load", body)
+        await caller.wait(lambda status: status.stage == HotLoadStage.DRAINING)
+        late = asyncio.create_task(caller.complete(**ASK))
+        async with asyncio.timeout(20):
+            while not (late.done() or (await caller.status()).queued):
+                await asyncio.sleep(0)
+        running.cancel()
+        await caller.wait(lambda status: status.identity == "step-5")
+        answered = await late
+        assert answered.status == status
+        if answered_by is None:
+            assert answered.json()["error"]["code"] == "swap_in_progress"
+        else:
+            assert answered.headers["x-homefire-weights"].startswith(answered_by)
+        assert (await caller.complete(**ASK)).status == 200
+
+
 async def test_a_drain_that_times_out_is_an_error_and_the_stream_goes_on(
     start_replica: Any, snapshots: Snapshots
 ) -> None:

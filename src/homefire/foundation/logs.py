@@ -6,7 +6,10 @@ import logging
 import re
 import sys
 
-_SECRET = re.compile(r"(tml-|fw_|Bearer\s+|x-homefire-secret[=:]\s*)[A-Za-z0-9._\-]{6,}")
+_SECRET = re.compile(
+    r"(tml-|fw_|Bearer\s+|x-homefire-secret[=:]\s*|/api/v1/downloads/)[A-Za-z0-9._\-]{6,}"
+)
+"""The token of a download link is all that it takes to read the file."""
 
 
 class _Redacting(logging.Formatter):

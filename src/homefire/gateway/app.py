@@ -35,7 +35,7 @@ from homefire.gateway.upstreams import Upstreams
 from homefire.http.app import answer_error
 from homefire.http.bodies import json_response
 from homefire.wire.errors import HomefireError, Unsupported
-from homefire.wire.internal import ServiceHealth
+from homefire.wire.internal import DOWNLOADS_PATH, ServiceHealth
 from homefire.wire.specs import GatewaySpec
 
 
@@ -108,6 +108,7 @@ def gateway_routes(
         Route("/inference/v1/models/{model:path}", control),
         Route("/hot_load/v1/models/hot_load", control),
         Route("/v1/{path:path}", control),
+        Route(f"{DOWNLOADS_PATH}/{{path:path}}", control),
         Route("/api/v1/{operation:path}", root),
         Route("/training/v1/serverless/{path:path}", _refuse_serverless, methods=_EVERY_METHOD),
         Route("/healthz", _healthz),

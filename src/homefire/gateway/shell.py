@@ -1,7 +1,8 @@
 """What every request passes before a route is looked at: request id, host, path, key.
 
-Default deny: the shell wraps the whole application, so that no route can forget it. Two paths need
-no user's key: `/healthz`, which tells nothing, and `/internal/…`, which needs the gateway's secret.
+Default deny: the shell wraps the whole application, so that no route can forget it. Three paths need
+no user's key: `/healthz`, which tells nothing, `/internal/…`, which needs the gateway's secret, and
+reads of `/api/v1/downloads/…`, which act for no account: control checks the signature in the path.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from homefire.gateway.hosts import HostList
 from homefire.gateway.keys import account_of_key, given_key
 from homefire.http.app import request_id_of, respond
 from homefire.wire.errors import HomefireError, InvalidArgument, Unauthenticated, Unavailable
-from homefire.wire.internal import REQUEST_ID_HEADER, SECRET_HEADER, KeyRoute
+from homefire.wire.internal import DOWNLOADS_PATH, REQUEST_ID_HEADER, SECRET_HEADER, KeyRoute
 
 log = logging.getLogger(__name__)
 Keys = Sequence[KeyRoute]
@@ -66,7 +67,7 @@ class GatewayShell:
         await self._app(scope, receive, send_with_id)
 
     async def _admit(self, request: Request) -> str:
-        """The caller's account; empty for the two kinds of path that act for nobody."""
+        """The caller's account; empty for the kinds of path that act for nobody."""
         self._hosts.check(request.headers.get("host", ""))
         path = request.url.path
         if any(segment in {".", ".."} for segment in path.split("/")):
@@ -75,6 +76,8 @@ class GatewayShell:
             return ""
         if path.startswith("/internal/"):
             self._check_secret(request)
+            return ""
+        if path.startswith(f"{DOWNLOADS_PATH}/") and request.method in {"GET", "HEAD"}:
             return ""
         return await self._account(request)
 

@@ -27,6 +27,8 @@ SECRET_HEADER = "x-homefire-secret"
 ACCOUNT_HEADER = "x-homefire-account"
 REQUEST_ID_HEADER = "x-request-id"
 WEIGHTS_HEADER = "x-homefire-weights"
+DOWNLOADS_PATH = "/api/v1/downloads"
+"""Files of checkpoints behind signed links: the gateway lets reads of it through without a key."""
 
 
 class ServiceHealth(msgspec.Struct, frozen=True):

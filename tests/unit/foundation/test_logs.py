@@ -15,7 +15,15 @@ def root_logger():
     root.handlers[:], root.level = before
 
 
-@pytest.mark.parametrize("secret", ["tml-abcdef123456", "Bearer abcdef123456", "fw_abcdef123456"])
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "tml-abcdef123456",
+        "Bearer abcdef123456",
+        "fw_abcdef123456",
+        "/api/v1/downloads/abcdef1234.56",
+    ],
+)
 def test_keys_never_reach_a_log(root_logger, secret):
     logs.configure("test")
     (handler,) = root_logger.handlers

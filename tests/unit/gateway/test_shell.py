@@ -23,6 +23,8 @@ from homefire.wire.specs import Upstream
 from .conftest import KEY, KEYS, OTHER_KEY, PLAIN_KEY
 
 OPEN_PATHS = {"/healthz"}
+SIGNED = "/api/v1/downloads/"
+"""Reads below it carry a signature that control checks, and no key."""
 TRAINER = "/training/v1/rlorTrainerJobs/local/job-1/api/v1"
 
 
@@ -62,6 +64,8 @@ async def test_no_route_answers_without_a_right_key(stack, headers):
     client = await stack.start(key=None)
     for path in set(every_route()) - OPEN_PATHS:
         for method in ("GET", "POST", "DELETE"):
+            if path.startswith(SIGNED) and method == "GET":
+                continue
             answer = await client.request(method, path, headers=headers)
             assert answer.status_code == 401, f"{method} {path}"
             error = answer.json()["error"]
@@ -69,6 +73,49 @@ async def test_no_route_answers_without_a_right_key(stack, headers):
             assert error["request_id"] == answer.headers["x-request-id"]
     assert trainer.requests == replica.requests == []
     assert not [seen for seen in stack.control.service.requests if "/internal/routes" not in seen]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_signed_link_reaches_control_for_no_account(stack, method):
+    """Whatever key or account the client claims: the signature is all that counts."""
+    client = await stack.start(key=None)
+    headers = {"x-api-key": OTHER_KEY, "x-homefire-account": "local", "range": "bytes=0-1"}
+    answer = await client.request(method, f"{SIGNED}token/file", headers=headers)
+    assert answer.status_code == 200
+    if method == "GET":
+        seen = answer.json()
+        assert seen["path"] == f"{SIGNED}token/file"
+        assert seen["headers"]["x-homefire-account"] == ""
+        assert seen["headers"]["range"] == "bytes=0-1"
+        assert "x-api-key" not in seen["headers"]
+    assert f"{SIGNED}token/file" in " ".join(stack.control.service.requests)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+async def test_below_the_signed_prefix_nothing_is_written_without_a_key(stack, method):
+    client = await stack.start(key=None)
+    assert (await client.request(method, f"{SIGNED}token/file")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/api/v1/downloads", 401),
+        ("/api/v1/downloadsx/token/file", 401),
+        ("/api/v1/Downloads/token/file", 401),
+        ("//api/v1/downloads/token/file", 401),
+        ("/x/api/v1/downloads/token/file", 401),
+        ("/api/v1/downloads/%2e%2e/checkpoints", 400),
+        ("/api/v1/downloads/..%2fcheckpoints", 400),
+        ("/api/v1/downloads/x/%2e%2e/%2e%2e/%2e%2e/%2e%2e/v1/accounts", 400),
+        ("/api/v1/downloads/%2e/checkpoints", 400),
+    ],
+)
+async def test_the_signed_prefix_opens_no_other_path(stack, path, status):
+    client = await stack.start(key=None)
+    answer = await client.get(path)
+    assert answer.status_code == status
+    assert [seen for seen in stack.control.service.requests if "/internal/routes" not in seen] == []
 
 
 async def test_a_path_that_is_no_route_needs_a_key_too(stack):

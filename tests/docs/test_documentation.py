@@ -103,7 +103,7 @@ def test_no_route_is_documented_that_does_not_exist(tmp_path):
     routes = {f"{endpoint.method} {endpoint.path}" for endpoint in ENDPOINTS}
     routes |= {*front_routes(), *replica_routes(tmp_path), "GET /healthz"}
     documented = set(
-        re.findall(r"^\| `((?:GET|POST|PATCH|DELETE) /[^`]+)`", text("docs/api.md"), re.M)
+        re.findall(r"^\| `((?:GET|POST|PUT|PATCH|DELETE) /[^`]+)`", text("docs/api.md"), re.M)
     )
     assert documented - routes == set()
 

@@ -4,7 +4,7 @@ from homefire.checkpoints.delta_codec import DeltaCodec, EncodedTensor, decode_t
 from homefire.checkpoints.directory_store import DirectoryStore
 from homefire.checkpoints.dtypes import numpy_array, raw_tensor, round_to_bf16
 from homefire.checkpoints.file_digest import file_entry
-from homefire.checkpoints.lineage import resolve_chain
+from homefire.checkpoints.lineage import check_stands_alone, resolve_chain
 from homefire.checkpoints.materialize import Held, Materialized, materialize
 from homefire.checkpoints.model_directory import read_model_directory
 from homefire.checkpoints.promote import PromoteResult, PromoteSpec, promote
@@ -45,6 +45,7 @@ __all__ = [
     "Staged",
     "TensorEntry",
     "Tensors",
+    "check_stands_alone",
     "decode_tensor",
     "digest_tensors",
     "encode_tensor",

@@ -22,6 +22,7 @@ import msgspec
 
 from homefire.checkpoints.amendments import amend_manifest
 from homefire.checkpoints.expiry import prunable
+from homefire.checkpoints.lineage import check_stands_alone
 from homefire.checkpoints.manifest_file import encode_manifest, read_manifest
 from homefire.checkpoints.staging import discard_directory, remove_leftovers, staging_directory
 from homefire.checkpoints.store import CheckpointKey, Staged
@@ -38,7 +39,7 @@ from homefire.wire.errors import (
     Unsupported,
 )
 from homefire.wire.ids import check_name
-from homefire.wire.manifest import MANIFEST_FILE, CheckpointFamily, CheckpointKind, Manifest
+from homefire.wire.manifest import MANIFEST_FILE, CheckpointFamily, Manifest
 
 log = logging.getLogger(__name__)
 _REPLACED = ".replaced-"
@@ -72,12 +73,7 @@ class DirectoryStore:
         self, source: CheckpointKey, to: CheckpointKey, *, expires_at: float | None
     ) -> Manifest:
         manifest, directory = self.manifest(source), self.directory(source)
-        if manifest.kind is CheckpointKind.DELTA:
-            raise FailedPrecondition(
-                f"snapshot {manifest.identity!r} is a delta of {manifest.parent!r} and cannot be "
-                "copied alone",
-                hint="save a base and copy that",
-            )
+        check_stands_alone(manifest)
         copied = msgspec.structs.replace(
             manifest,
             account=to.account,

@@ -46,6 +46,15 @@ def resolve_chain(
     return chain[::-1]
 
 
+def check_stands_alone(manifest: Manifest) -> None:
+    """FailedPrecondition for what is no weights without its parents."""
+    if manifest.kind is CheckpointKind.DELTA:
+        raise FailedPrecondition(
+            f"snapshot {manifest.identity!r} is a delta of {manifest.parent!r}: alone it is no weights",
+            hint="save a base (checkpoint_type base), or use save_weights_external",
+        )
+
+
 def _link(manifest_of: Callable[[str], Manifest], wanted: str, chain: list[Manifest]) -> Manifest:
     manifest = _parent(manifest_of, wanted, child=chain[-1]) if chain else manifest_of(wanted)
     if manifest.kind is CheckpointKind.STATE:

@@ -16,6 +16,7 @@ from homefire.control.plane import ControlPlane
 from homefire.control.routes import (
     accounts,
     deployments,
+    downloads,
     evaluations,
     homefire,
     hosted,
@@ -26,6 +27,8 @@ from homefire.control.routes import (
     models,
     shapes,
     tinker,
+    tinker_checkpoints,
+    tinker_listing,
 )
 from homefire.http.app import service_app
 from homefire.http.bodies import json_response
@@ -46,6 +49,9 @@ ENDPOINTS: list[Endpoint] = [
     *homefire.ENDPOINTS,
     *inference.ENDPOINTS,
     *tinker.ENDPOINTS,
+    *tinker_checkpoints.ENDPOINTS,
+    *tinker_listing.ENDPOINTS,
+    *downloads.ENDPOINTS,
     *internal.ENDPOINTS,
     *hosted.ENDPOINTS,
     Endpoint("GET", "/v1/openapi.json", openapi, "This document"),

@@ -20,6 +20,7 @@ from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.deployments import Deployments, find_deployment
+from homefire.control.download_links import DownloadLinks
 from homefire.control.holding import Holder
 from homefire.control.hot_loads import HotLoads, is_settled
 from homefire.control.job_activity import Activities
@@ -39,6 +40,7 @@ from homefire.control.replica_keeper import ReplicaKeeper
 from homefire.control.routing import route_table
 from homefire.control.run_records import RunRecords
 from homefire.control.status import status_report
+from homefire.control.tinker.management import Management
 from homefire.control.tinker.plane import TinkerPlane
 from homefire.control.trainer_keeper import TrainerKeeper
 from homefire.control.watch import Connect
@@ -166,6 +168,16 @@ class ControlPlane:
         self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT)
         self.activities = Activities(self.home)
         self.deletion = CheckpointDeletion(self.database, self.store, self.activities)
+        self.management = Management.of(
+            database=self.database,
+            store=self.store,
+            deletion=self.deletion,
+            activities=self.activities,
+            links=DownloadLinks(
+                url=self.spec.public_url, key=self.home.download_key(), clock=self.clock
+            ),
+            clock=self.clock,
+        )
         self.records = RunRecords(self.database, self.store, self.home, self.clock, self.deletion)
         self.tinker = TinkerPlane(
             database=self.database,

@@ -3,6 +3,7 @@
 HOME/
 ├── VERSION            format of this layout
 ├── api_key            the user's key, mode 0600
+├── download_key       signs links to checkpoints' files, mode 0600
 ├── control.sqlite3    jobs, deployments, models
 ├── models/            the default model root; `tiny` is made here, promoted models land here
 ├── store/             <account>/<job>/<slot>/{sampler,state}/<name>/
@@ -44,6 +45,10 @@ class Home:
     @property
     def api_key_file(self) -> Path:
         return self.root / "api_key"
+
+    @property
+    def download_key_file(self) -> Path:
+        return self.root / "download_key"
 
     @property
     def database(self) -> Path:
@@ -89,7 +94,7 @@ class Home:
         return str(short / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.sock")
 
     def prepare(self) -> None:
-        """Makes the directories and the key on first use; refuses a home from a newer version."""
+        """Makes the directories and the keys on first use; refuses a home from a newer version."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         version = self.root / "VERSION"
         if version.exists():
@@ -106,9 +111,14 @@ class Home:
         self.run.mkdir(mode=0o700, exist_ok=True)
         if not self.api_key_file.exists():
             write_private(self.api_key_file, f"tml-{secrets.token_urlsafe(24)}\n".encode())
+        if not self.download_key_file.exists():
+            write_private(self.download_key_file, secrets.token_bytes(32))
 
     def api_key(self) -> str:
         return self.api_key_file.read_text().strip()
+
+    def download_key(self) -> bytes:
+        return self.download_key_file.read_bytes()
 
 
 class UpRecord(msgspec.Struct, frozen=True):

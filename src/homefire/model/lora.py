@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.wire.errors import InvalidArgument, Unsupported
+from homefire.wire.peft import PREFIX, adapted_modules, adapter_config
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
 
-_PREFIX = "base_model.model."
 _ATTENTION_WORDS = ("attn", "attention")
 
 
@@ -53,7 +53,7 @@ class LoraAdapter:
     def parameters(self) -> dict[str, Tensor]:
         """Every trainable tensor under PEFT's name, in a fixed order. The live ones, not copies."""
         return {
-            f"{_PREFIX}{path}.lora_{letter}.weight": tensor
+            f"{PREFIX}{path}.lora_{letter}.weight": tensor
             for path, layer in self.layers.items()
             for letter, tensor in (("A", layer.a), ("B", layer.b))
         }
@@ -173,23 +173,13 @@ def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
 
 
 def peft_config(adapter: LoraAdapter, *, base_model: str) -> dict[str, Any]:
-    """`adapter_config.json`. Targets are full paths: leaf names also match other modules."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": list(adapter.layers),
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    """`adapter_config.json`."""
+    return adapter_config(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        base_model=base_model,
+        target_modules=adapter.layers,
+    )
 
 
 def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraAdapter:
@@ -202,7 +192,7 @@ def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
             a=_factor(tensors, path, "A").to(torch.float32, copy=True),
             b=_factor(tensors, path, "B").to(torch.float32, copy=True),
         )
-        for path in _adapted_paths(tensors)
+        for path in adapted_modules(tensors)
     }
     if not layers:
         raise InvalidArgument("the adapter holds no lora_A and lora_B tensors")
@@ -228,15 +218,8 @@ def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:
             )
 
 
-def _adapted_paths(tensors: Mapping[str, Tensor]) -> list[str]:
-    suffix = ".lora_A.weight"
-    return [
-        name.removeprefix(_PREFIX).removesuffix(suffix) for name in tensors if name.endswith(suffix)
-    ]
-
-
 def _factor(tensors: Mapping[str, Tensor], path: str, letter: str) -> Tensor:
-    name = f"{_PREFIX}{path}.lora_{letter}.weight"
+    name = f"{PREFIX}{path}.lora_{letter}.weight"
     if name not in tensors:
         raise InvalidArgument(f"the adapter lacks {name!r}")
     return tensors[name]

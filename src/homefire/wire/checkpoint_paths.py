@@ -44,7 +44,7 @@ def parse_checkpoint_path(path: str, *, field: str = "path") -> CheckpointPath:
     run, slash, checkpoint_id = path.removeprefix(_SCHEME).partition("/")
     if not path.startswith(_SCHEME) or not slash:
         raise InvalidArgument(
-            f"{field} {path[:200]!r} is no checkpoint's path",
+            f"{field} {path[:200]!r} is no checkpoint path",
             hint="use tinker://<training run>/<weights|sampler_weights>/<name>",
             field=field,
         )

@@ -46,6 +46,8 @@ from homefire.wire.internal import (
 from homefire.wire.manifest import CheckpointFamily, Manifest
 from homefire.wire.specs import ControlSpec, EngineKind, Upstream
 
+from .root_plane import JOB, RootPlane
+
 HEADERS = {"x-homefire-secret": "control-secret", "x-homefire-account": "local"}
 GUARD_S = 20.0
 """A test that waits so long for something has failed."""
@@ -315,6 +317,16 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 async def control(bench: Bench) -> Control:
     """The common case: one control plane with room for eight engine threads."""
     return await bench.control()
+
+
+@pytest.fixture
+async def root(bench: Bench, control: Control) -> RootPlane:
+    """A pool with one session and one run."""
+    await control.create_job(JOB)
+    plane = RootPlane(bench, control)
+    await plane.session()
+    await plane.run()
+    return plane
 
 
 LOADING = HotLoadStage.LOADING

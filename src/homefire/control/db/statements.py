@@ -13,6 +13,9 @@ REVOKE_OTHER_KEYS = "DELETE FROM api_keys WHERE account = ? AND sha256 != ?"
 # All keys, for the gateway.
 KEYS = "SELECT sha256, account FROM api_keys ORDER BY created_at"
 
+# An account's key, for people.
+KEY_OF_ACCOUNT = "SELECT rowid AS number FROM api_keys WHERE account = ? ORDER BY created_at DESC"
+
 # --- jobs -------------------------------------------------------------------------------------
 
 # A new job; a constraint error means that the id is taken.
@@ -202,6 +205,9 @@ UPDATE tinker_sessions
 SET finished_at = :finished_at, finish_reason = :finish_reason, finish_detail = :finish_detail
 WHERE id = :id AND finished_at IS NULL
 """
+
+# The project that a session is put into.
+ASSIGN_PROJECT = "UPDATE tinker_sessions SET project_id = :project_id WHERE id = :id"
 
 # A new training run; a constraint error means that the session has a model of this number.
 INSERT_TINKER_RUN = """

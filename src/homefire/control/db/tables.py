@@ -34,6 +34,11 @@ def keys(connection: Connection) -> list[KeyRoute]:
     return [KeyRoute(row["sha256"], row["account"]) for row in connection.execute(sql.KEYS)]
 
 
+def key_number(connection: Connection, account: str) -> int | None:
+    row = connection.execute(sql.KEY_OF_ACCOUNT, (account,)).fetchone()
+    return None if row is None else row["number"]
+
+
 def insert_job(connection: Connection, job: JobRow) -> None:
     insert(connection, sql.INSERT_JOB, job, what=f"trainer job {job.id!r}")
 

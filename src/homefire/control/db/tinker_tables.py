@@ -52,6 +52,10 @@ def finish_session(
     return changed(connection, sql.FINISH_TINKER_SESSION, {**values, "id": session_id})
 
 
+def assign_project(connection: Connection, session_id: str, project_id: str) -> None:
+    connection.execute(sql.ASSIGN_PROJECT, {"id": session_id, "project_id": project_id})
+
+
 def insert_run(connection: Connection, run: TinkerRunRow) -> None:
     insert(connection, sql.INSERT_TINKER_RUN, run, what=f"training run {run.id!r}")
 

@@ -8,29 +8,20 @@ tinker://job-3f…-s9c…:train:0/…                   the same of a dedicated 
 from __future__ import annotations
 
 import sqlite3
+from contextlib import suppress
 
 import msgspec
 
 from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.control.db import tables, tinker_tables
 from homefire.control.db.rows import JobRow, TinkerRunRow
-from homefire.wire.errors import InvalidArgument, UnknownSnapshot, WrongCheckpointKind
-from homefire.wire.ids import check_name
+from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
+from homefire.wire.errors import UnknownSnapshot, WrongCheckpointKind
 from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.pooled import SESSION_PREFIX
 
-_SCHEME = "tinker://"
-_FAMILIES = {"weights": CheckpointFamily.STATE, "sampler_weights": CheckpointFamily.SAMPLER}
 _DEDICATED_SLOT = "policy"
 _DEDICATED_MARK = "-s"
-
-
-class CheckpointPath(msgspec.Struct, frozen=True):
-    """Example: CheckpointPath("ts-3f…:train:0", CheckpointFamily.STATE, "step-2")."""
-
-    run: str
-    family: CheckpointFamily
-    name: str
 
 
 class CheckpointHome(msgspec.Struct, frozen=True):
@@ -43,20 +34,6 @@ class CheckpointHome(msgspec.Struct, frozen=True):
 
     def key(self, path: CheckpointPath) -> CheckpointKey:
         return CheckpointKey(self.job.account, self.job.id, self.slot, path.family, path.name)
-
-
-def parse_checkpoint_path(path: str, *, field: str) -> CheckpointPath:
-    parts = path.removeprefix(_SCHEME).split("/")
-    if not path.startswith(_SCHEME) or len(parts) != 3 or parts[1] not in _FAMILIES:
-        raise InvalidArgument(
-            f"{path[:300]!r} is no checkpoint path",
-            hint="write tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>",
-            field=field,
-        )
-    run, family, name = parts
-    return CheckpointPath(
-        check_name(run, field=field), _FAMILIES[family], check_name(name, field=field)
-    )
 
 
 def state_path(path: str, *, field: str) -> CheckpointPath:
@@ -102,9 +79,10 @@ def find_home(
 def check_exists(
     store: CheckpointStore, home: CheckpointHome, path: CheckpointPath, *, field: str
 ) -> CheckpointKey:
-    """UnknownSnapshot names some that exist. Blocks on the disk."""
+    """UnknownSnapshot, also for what has expired, names some that exist. Blocks on the disk."""
     key = home.key(path)
-    if store.exists(key):
+    with suppress(UnknownSnapshot):
+        store.loadable(key)
         return key
     manifests = store.list(key.account, key.job, slot=key.slot, family=key.family)
     known = ", ".join(manifest.identity for manifest in manifests[-5:])

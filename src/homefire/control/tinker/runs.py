@@ -139,12 +139,17 @@ class Runs:
 def find_run(connection: sqlite3.Connection, account: str, run_id: str) -> TinkerRunRow:
     run = tinker_tables.run(connection, run_id)
     if run is None or run.account != account:
-        raise NotFound(
-            f"training run {run_id!r} does not exist in account {account!r}",
-            hint="create a model first; `tinker run list` shows the runs of this account",
-            field="model_id",
-        )
+        raise no_run(account, run_id)
     return run
+
+
+def no_run(account: str, run_id: str) -> NotFound:
+    """In the same words for another account's run and for one that never was."""
+    return NotFound(
+        f"training run {run_id!r} does not exist in account {account!r}",
+        hint="create a model first; `tinker run list` shows the runs of this account",
+        field="model_id",
+    )
 
 
 def _run(new: NewRun, run_id: str, plan: RunPlan, job: JobRow, *, now: float) -> TinkerRunRow:

@@ -32,13 +32,13 @@ from homefire.control.reconcile import Reconciler
 from homefire.control.tinker.base_models import BaseModels
 from homefire.control.tinker.checkpoint_paths import (
     CheckpointHome,
-    CheckpointPath,
     check_exists,
     find_home,
     sampler_path,
 )
 from homefire.control.tinker.sessions import find_open_session
 from homefire.foundation.clock import Clock
+from homefire.wire.checkpoint_paths import CheckpointPath
 from homefire.wire.errors import (
     FailedPrecondition,
     InvalidArgument,

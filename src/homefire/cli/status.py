@@ -1,4 +1,4 @@
-"""`homefire status`: jobs, deployments, the weights that each replica serves, capacity."""
+"""`homefire status`: jobs, deployments, the weights that each replica serves, runs, capacity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
 
 if TYPE_CHECKING:
-    from homefire.wire.records import CapacityReport, DeploymentReport, JobReport, StatusReport
+    from homefire.wire.records import (
+        CapacityReport,
+        DeploymentReport,
+        JobReport,
+        RunReport,
+        StatusReport,
+    )
+
+_LIVE_S = 60.0
+"""Clients send a heartbeat every 10 s."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -45,7 +54,25 @@ def print_report(report: StatusReport) -> None:
         ("deployment", "state", "replica", "serves", "digest", "loading", "running", "note"),
         [row for deployment in report.deployments for row in _deployment_rows(deployment)],
     )
+    if report.runs:
+        print_table(
+            "training runs of the root Tinker plane",
+            ("run", "session", "job", "base model", "rank", "client"),
+            [_run_row(run) for run in report.runs],
+        )
     print_capacity(report.capacity)
+
+
+def _run_row(run: RunReport) -> list[str]:
+    is_live = run.silent_s < _LIVE_S
+    return [
+        run.run,
+        run.session_name or "",
+        run.job,
+        run.base_model,
+        str(run.lora_rank) if run.lora_rank else "full",
+        "there" if is_live else f"silent for {run.silent_s:.0f} s",
+    ]
 
 
 def _job_row(job: JobReport) -> list[str]:

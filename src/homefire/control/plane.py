@@ -292,6 +292,7 @@ class ControlPlane:
         await self.observations.refresh()
         return status_report(
             await self.reconciler.look(),
+            runs=await self.tinker.sessions.open_runs(account),
             account=account,
             capacity=self.capacity,
             home=str(self.home.root),

@@ -14,13 +14,20 @@ from homefire.wire.records import (
     DeploymentReport,
     JobReport,
     ReplicaReport,
+    RunReport,
     StatusReport,
 )
 from homefire.wire.resources import DeploymentState, JobState
 
 
 def status_report(
-    picture: Picture, *, account: str, capacity: Capacity, home: str, url: str
+    picture: Picture,
+    *,
+    runs: list[RunReport],
+    account: str,
+    capacity: Capacity,
+    home: str,
+    url: str,
 ) -> StatusReport:
     world = picture.world
     jobs = [j for j in world.jobs if j.account == account and j.state is not JobState.DELETED]
@@ -36,6 +43,7 @@ def status_report(
         jobs=[_job(job, picture.trainers.get(job.id, SeenTrainer())) for job in jobs],
         deployments=[_deployment(row, picture) for row in deployments],
         capacity=_capacity(picture, capacity),
+        runs=runs,
     )
 
 

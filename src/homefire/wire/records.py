@@ -167,6 +167,20 @@ class JobReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     detail: str = ""
 
 
+class RunReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
+    """A training run of the root plane whose session is not over."""
+
+    run: str
+    session_name: str | None
+    """Display name of its session."""
+    job: str
+    base_model: str
+    lora_rank: int
+    """0: all parameters train."""
+    silent_s: float
+    """Since its client was last heard of."""
+
+
 class StatusReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """Answer of `GET /v1/homefire/status`."""
 
@@ -176,6 +190,8 @@ class StatusReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     jobs: list[JobReport]
     deployments: list[DeploymentReport]
     capacity: CapacityReport
+    runs: list[RunReport] = []
+    """Newest first; of clients that were heard of within a day."""
 
 
 class LogReport(msgspec.Struct, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from homefire.cli.tables import size
@@ -219,6 +221,18 @@ def test_status_shows_jobs_weights_and_capacity(homefire, control):
     assert "loading step_2" in shown
     assert "3 of 4 engine threads, 1.5 KiB of 1.0 GiB memory" in shown
     assert f"waiting for room: {JOB['name']}" in shown
+
+
+def test_status_shows_training_runs_and_whether_their_clients_are_there(homefire, control):
+    run = {"job": "pool-1", "baseModel": "tiny", "sessionName": "mine"}
+    runs = [
+        {**run, "run": "ts-a:train:0", "loraRank": 8, "silentS": 5.0},
+        {**run, "run": "ts-b:train:0", "loraRank": 0, "silentS": 500.0},
+    ]
+    control.answers["GET /v1/homefire/status"] = {**STATUS, "runs": runs}
+    shown = homefire("status").out
+    assert re.search(r"ts-a:train:0 .*mine .*pool-1 .*tiny .*8 .*there", shown)
+    assert re.search(r"ts-b:train:0 .*full .*silent for 500 s", shown)
 
 
 def test_status_as_json_is_the_report(homefire, control):

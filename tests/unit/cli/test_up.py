@@ -23,7 +23,9 @@ from homefire.wire.specs import ControlSpec, GatewaySpec, Upstream, read_spec
 
 @pytest.fixture(scope="module")
 def server(homefire_up):
-    return homefire_up(engine="fake", arguments=["--alias", "accounts/a/models/m=tiny"])
+    return homefire_up(
+        engine="fake", arguments=["--alias", "accounts/a/models/m=tiny", "--pool-idle", "90"]
+    )
 
 
 def ask(server, path: str) -> dict:
@@ -63,6 +65,7 @@ def test_options_reach_the_services(server):
     assert control.aliases == {"accounts/a/models/m": "tiny"}
     assert control.public_url == server.url
     assert control.model_roots == [str(server.home / "models")]
+    assert control.pool_idle_s == 90.0
 
 
 def test_secrets_are_in_private_files_and_on_no_command_line(server):
@@ -165,6 +168,14 @@ def test_off_loopback_in_clear_text_is_refused(tmp_path):
     assert run.returncode == 1
     assert "--insecure-http" in run.stderr
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf"])
+def test_an_idle_time_that_cannot_be_is_refused(tmp_path, seconds):
+    run = try_up(tmp_path / "home", "--port", "0", f"--pool-idle={seconds}")
+    assert run.returncode == 1
+    assert "--pool-idle" in run.stderr
+    assert "use 0 to park nothing" in run.stderr
 
 
 def test_a_service_that_cannot_start_is_shown_with_the_end_of_its_log(tmp_path):

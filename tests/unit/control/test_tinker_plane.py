@@ -293,3 +293,24 @@ async def test_a_pool_that_finds_no_room_waits_and_says_for_what(bench):
     assert row.state == "JOB_STATE_PENDING"
     assert "waiting for" in row.message
     assert control.plane.routes.get().trainers[f"local/{job}"].detail == row.message
+
+
+async def test_the_status_shows_runs_whose_clients_may_be_there(bench, control):
+    session_id = await session(control, display_name="mine")
+    placed = await place(control, session_id, base_model="tiny", rank=8)
+    over = await session(control)
+    await place(control, over, base_model="tiny")
+    path = f"/api/v1/sessions/{over}/finish"
+    await control.call("POST", path, {"reason": {"type": "success"}})
+    bench.clock.advance(30.0)
+    (run,) = (await control.call("GET", "/v1/homefire/status"))["runs"]
+    assert run == {
+        "run": placed["run"],
+        "sessionName": "mine",
+        "job": placed["job"],
+        "baseModel": "tiny",
+        "loraRank": 8,
+        "silentS": 30.0,
+    }
+    bench.clock.advance(25 * 3600.0)
+    assert (await control.call("GET", "/v1/homefire/status"))["runs"] == []

@@ -38,18 +38,23 @@ def one(
     connection: Connection, statement: str, values: tuple[Any, ...], kind: type[Row]
 ) -> Row | None:
     row = connection.execute(statement, values).fetchone()
-    return None if row is None else _decoded(row, kind)
+    return None if row is None else decoded(row, kind)
 
 
 def every(
     connection: Connection, statement: str, values: tuple[Any, ...], kind: type[Row]
 ) -> list[Row]:
-    return [_decoded(row, kind) for row in connection.execute(statement, values)]
+    return [decoded(row, kind) for row in connection.execute(statement, values)]
 
 
 def changed(connection: Connection, statement: str, values: Mapping[str, Any]) -> bool:
     """Whether the guard of the statement held."""
     return connection.execute(statement, values).rowcount == 1
+
+
+def decoded(row: sqlite3.Row, kind: type[Row]) -> Row:
+    values = {name: _decoded_column(name, value) for name, value in dict(row).items()}
+    return msgspec.convert(values, kind)
 
 
 def columns(row: msgspec.Struct) -> dict[str, Any]:
@@ -62,11 +67,6 @@ def columns(row: msgspec.Struct) -> dict[str, Any]:
 
 def as_json(value: Any) -> str:
     return msgspec.json.encode(value).decode()
-
-
-def _decoded(row: sqlite3.Row, kind: type[Row]) -> Row:
-    values = {name: _decoded_column(name, value) for name, value in dict(row).items()}
-    return msgspec.convert(values, kind)
 
 
 def _decoded_column(name: str, value: Any) -> Any:

@@ -275,3 +275,10 @@ SELECT sessions.id, sessions.heartbeat_at, sampling.sampler
 FROM tinker_sessions AS sessions JOIN sampling_sessions AS sampling ON sampling.session = sessions.id
 WHERE sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
 """
+
+# The training runs of an account whose sessions are not over, newest first.
+OPEN_TINKER_RUNS = """
+SELECT runs.* FROM tinker_runs AS runs JOIN tinker_sessions AS sessions ON sessions.id = runs.session
+WHERE runs.account = :account AND sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
+ORDER BY runs.created_at DESC, runs.rowid DESC
+"""

@@ -6,7 +6,7 @@ import sqlite3
 from typing import NamedTuple
 
 from homefire.control.db import statements as sql
-from homefire.control.db.columns import changed, columns, every, insert, one
+from homefire.control.db.columns import changed, columns, decoded, every, insert, one
 from homefire.control.db.rows import SamplingSessionRow, TinkerRunRow, TinkerSessionRow
 
 Connection = sqlite3.Connection
@@ -70,6 +70,12 @@ def runs(connection: Connection, account: str) -> list[TinkerRunRow]:
 
 def runs_of_session(connection: Connection, session_id: str) -> list[TinkerRunRow]:
     return every(connection, sql.TINKER_RUNS_OF_SESSION, (session_id,), TinkerRunRow)
+
+
+def open_runs(connection: Connection, account: str, *, since: float) -> list[TinkerRunRow]:
+    """Of sessions that are not finished and were heard of after `since`."""
+    rows = connection.execute(sql.OPEN_TINKER_RUNS, {"account": account, "since": since})
+    return [decoded(row, TinkerRunRow) for row in rows]
 
 
 def touch_run(connection: Connection, run_id: str, *, last_request_at: float) -> None:

@@ -2,7 +2,7 @@
 
 In use is what works, what has work waiting, and what a live session trains in or samples from. A
 parked trainer or sampler keeps its id, its runs and its snapshots; the next request that names it
-wakes it up.
+wakes it up. While something waits for room, a minute without use is enough.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from homefire.wire.pooled import job_of_sampler
 from homefire.wire.resources import DeploymentState, JobState
 
 _LOOKS_PER_IDLE_TIME = 4
+CROWDED_IDLE_S = 60.0
+"""Clients send a heartbeat every 10 s, so a live session is never idle for so long."""
 _PARKABLE = frozenset({JobState.PENDING, JobState.RUNNING})
 
 
@@ -65,7 +67,7 @@ class Parking:
         self._counts: dict[str, int] = {}
         self._used_at: dict[str, float] = {}
         """Unix time at which each root job and sampler was last seen in use."""
-        self._next_look = 0.0
+        self._looked_at = float("-inf")
 
     async def park_idle(self, world: World) -> tuple[bool, float | None]:
         """Says whether something was parked, and when to look again."""
@@ -74,17 +76,21 @@ class Parking:
         samplers = [row for row in world.deployments if is_parkable_sampler(row)]
         if not self._idle_s or not (jobs or samplers):
             return False, None
-        if now < self._next_look:
-            return False, self._next_look
-        self._next_look = now + self._idle_s / _LOOKS_PER_IDLE_TIME
+        is_crowded = something_waits(world)
+        idle_s = min(self._idle_s, CROWDED_IDLE_S) if is_crowded else self._idle_s
+        look_at = self._looked_at + idle_s / _LOOKS_PER_IDLE_TIME
+        if now < look_at:
+            return False, look_at
+        self._looked_at = now
         await self._note_use(world, jobs, samplers, now=now)
-        idle_jobs = [job for job in jobs if self._is_idle(job.id, now)]
-        idle_samplers = [row for row in samplers if self._is_idle(row.id, now)]
+        idle_jobs = [job for job in jobs if now - self._used_at[job.id] >= idle_s]
+        idle_samplers = [row for row in samplers if now - self._used_at[row.id] >= idle_s]
         if idle_jobs or idle_samplers:
+            message = _why_parked(idle_s, is_crowded=is_crowded)
             await self._database.transact(
-                lambda c: self._park(c, idle_jobs, idle_samplers, now=now)
+                lambda c: _park(c, idle_jobs, idle_samplers, message=message, now=now)
             )
-        return bool(idle_jobs or idle_samplers), self._next_look
+        return bool(idle_jobs or idle_samplers), now + idle_s / _LOOKS_PER_IDLE_TIME
 
     async def _note_use(
         self,
@@ -135,26 +141,15 @@ class Parking:
         )
         self._used_at[service] = used_at
 
-    def _is_idle(self, service: str, now: float) -> bool:
-        return now - self._used_at[service] >= self._idle_s
 
-    def _park(
-        self,
-        connection: sqlite3.Connection,
-        jobs: Iterable[JobRow],
-        samplers: Iterable[DeploymentRow],
-        *,
-        now: float,
-    ) -> None:
-        message = f"parked: nobody used it for {_spoken(self._idle_s)}; the next request wakes it"
-        for job in jobs:
-            to = job_after(job, JobEvent.PARK)
-            tables.advance_job(connection, job, to, message=message, now=now, completed_at=None)
-        for row in samplers:
-            config = msgspec.structs.replace(row.config, num_replicas=0)
-            if tables.configure_deployment(connection, row, config, now=now):
-                to = deployment_after(row, DeploymentEvent.RESIZED)
-                tables.advance_deployment(connection, row, to, message=message, now=now)
+def something_waits(world: World) -> bool:
+    """A trainer or a replica that is wanted finds no room."""
+    pending = any(job.state is JobState.PENDING for job in world.jobs)
+    return pending or any(
+        row.state in (DeploymentState.CREATING, DeploymentState.UPDATING)
+        and len(world.replicas_of(row)) < row.config.num_replicas
+        for row in world.deployments
+    )
 
 
 def is_parkable_sampler(row: DeploymentRow) -> bool:
@@ -179,5 +174,25 @@ def replica_activity(replicas: Iterable[SeenReplica]) -> Activity:
     )
 
 
-def _spoken(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
+def _park(
+    connection: sqlite3.Connection,
+    jobs: Iterable[JobRow],
+    samplers: Iterable[DeploymentRow],
+    *,
+    message: str,
+    now: float,
+) -> None:
+    for job in jobs:
+        to = job_after(job, JobEvent.PARK)
+        tables.advance_job(connection, job, to, message=message, now=now, completed_at=None)
+    for row in samplers:
+        config = msgspec.structs.replace(row.config, num_replicas=0)
+        if tables.configure_deployment(connection, row, config, now=now):
+            to = deployment_after(row, DeploymentEvent.RESIZED)
+            tables.advance_deployment(connection, row, to, message=message, now=now)
+
+
+def _why_parked(idle_s: float, *, is_crowded: bool) -> str:
+    spoken = f"{idle_s / 60:g} min" if idle_s >= 60 else f"{idle_s:g} s"
+    crowd = ", while something waits for room" if is_crowded else ""
+    return f"parked: nobody used it for {spoken}{crowd}; the next request wakes it"

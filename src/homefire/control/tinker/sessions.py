@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 from homefire.control.db import tinker_tables
 from homefire.control.db.database import Database
-from homefire.control.db.rows import TinkerSessionRow
+from homefire.control.db.rows import TinkerRunRow, TinkerSessionRow
 from homefire.foundation.clock import Clock
 from homefire.wire.errors import FailedPrecondition, InvalidArgument, NotFound
 from homefire.wire.pooled import SESSION_PREFIX
+from homefire.wire.records import RunReport
 from homefire.wire.tinker import CreateSession
 
 FINISH_REASONS = ("success", "errored", "interrupted")
 HEARTBEAT_ROW_S = 60.0
 """A heartbeat is written down at most this often; clients send one every 10 s."""
+_REPORTED_S = 24 * 3600.0
+"""Sessions of clients that vanished without a word are shown for so long."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,27 @@ class Sessions:
 
         await self.database.transact(work)
         self._heard.pop(session_id, None)
+
+    async def open_runs(self, account: str) -> list[RunReport]:
+        """For a person to look at."""
+        now = self.clock.now()
+
+        def work(connection: sqlite3.Connection) -> list[RunReport]:
+            runs = tinker_tables.open_runs(connection, account, since=now - _REPORTED_S)
+            return [self._report(find_session(connection, account, r.session), r) for r in runs]
+
+        return await self.database.transact(work)
+
+    def _report(self, session: TinkerSessionRow, run: TinkerRunRow) -> RunReport:
+        heard = self.last_heard(session.id, session.heartbeat_at)
+        return RunReport(
+            run=run.id,
+            session_name=session.display_name,
+            job=run.job,
+            base_model=run.base_model,
+            lora_rank=run.lora_rank,
+            silent_s=self.clock.now() - heard,
+        )
 
     def last_heard(self, session_id: str, heartbeat_at: float) -> float:
         """`heartbeat_at` is what the session's row says."""

@@ -152,6 +152,10 @@ class RetrieveFuture(msgspec.Struct, frozen=True):
     allow_metadata_only: bool | None = None
 
 
+class CancelFuture(msgspec.Struct, frozen=True):
+    request_id: str
+
+
 # Forward and forward_backward ----------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from homefire.trainer.front import operations
 from homefire.trainer.front.admission import Submission
 from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, find_state, state_names
 from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
+from homefire.trainer.front.future_calls import FutureCalls, off_loop, promise
 from homefire.trainer.front.operations import (
     LoadTrainState,
     OperationKind,
@@ -27,13 +28,12 @@ from homefire.trainer.front.operations import (
     run_pass,
     step_optimizer,
 )
-from homefire.trainer.front.records import FailedResult, PassResult, PlainResult, Result
+from homefire.trainer.front.refused_calls import REFUSED_CALLS, refuse_call, refuse_custom_loss
 from homefire.trainer.front.save_requests import save_external, save_snapshot, save_train_state
 from homefire.trainer.front.service import Front
 from homefire.wire import tinker, tinker_proto
 from homefire.wire.engine import SlotKind
 from homefire.wire.errors import (
-    ErrorRecord,
     HomefireError,
     InvalidArgument,
     NotFound,
@@ -44,15 +44,7 @@ from homefire.wire.ids import model_id
 from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
 from homefire.wire.manifest import Manifest
 
-POLL_S = 35.0
-"""How long a future is held; clients give up at 45 s."""
-PAUSED_POLL_S = 5.0
-"""Shorter while nothing runs, so that the reason reaches the client."""
 MAX_STATUS_WAIT_S = 30.0
-_OFF_LOOP_ABOVE = 100_000
-"""Bytes; decoding 1 MB takes milliseconds, in which no heartbeat would be answered."""
-_UNSUPPORTED = ("create_sampling_session", "asample", "join_sampling_session", "create_custom_loss")
-Value = TypeVar("Value")
 
 
 def build_app(front: Front) -> ASGIApp:
@@ -73,6 +65,7 @@ class TrainerApi:
         self._front = front
         self._spec = front.spec
         self._admission = front.admission
+        self._futures = FutureCalls(front)
 
     def routes(self) -> list[Route]:
         gets = {
@@ -99,13 +92,15 @@ class TrainerApi:
             "load_weights": self.load_weights,
             "load_adapter": self.load_adapter,
             "weights_info": self.weights_info,
-            "retrieve_future": self.retrieve_future,
-            **dict.fromkeys(_UNSUPPORTED, self.unsupported),
+            "retrieve_future": self._futures.retrieve_future,
+            "cancel_future": self._futures.cancel_future,
+            "create_custom_loss": self.create_custom_loss,
+            **dict.fromkeys(REFUSED_CALLS, refuse_call),
         }
         return [
             *(self._route(path, call, "GET") for path, call in gets.items()),
             *(self._route(path, call, "POST") for path, call in posts.items()),
-            self._route("samplers/{sampler_id}", self.unsupported, "GET"),
+            self._route("samplers/{sampler_id}", refuse_call, "GET"),
             Route("/internal/health", self.health),
             Route("/internal/status", self.status),
         ]
@@ -162,14 +157,6 @@ class TrainerApi:
         await read_body(request)
         return json_response({"status": "accepted"})
 
-    async def unsupported(self, request: Request) -> Response:
-        await read_body(request)
-        call = request.url.path.removeprefix("/api/v1/").partition("/")[0]
-        raise Unsupported(
-            f"{call}: a dedicated trainer does not sample and takes no server-side losses",
-            hint="sample through a deployment; use forward_backward_custom",
-        )
-
     # Sessions and models ---------------------------------------------------------------------
 
     async def create_session(self, request: Request) -> Response:
@@ -194,8 +181,8 @@ class TrainerApi:
         try:
             operation = plan_creation(body, self._spec, self._front.policy)
         except HomefireError as error:
-            return _promise(self._admission.fail_now(error))
-        return _promise(await self._admission.create(operation))
+            return promise(self._admission.fail_now(error))
+        return promise(await self._admission.create(operation))
 
     async def get_info(self, request: Request) -> Response:
         body = await read_json(request, tinker.ModelRef)
@@ -244,9 +231,9 @@ class TrainerApi:
             decoded = decode()
             return decoded, self._admission.submission(run_pass(decoded.body))
 
-        decoded, submission = await _off_loop(prepare, num_bytes)
+        decoded, submission = await off_loop(prepare, num_bytes)
         model, seq = decoded.model_id, decoded.seq_id
-        return _promise(await self._admission.accept_in_order(model, seq, submission), model)
+        return promise(await self._admission.accept_in_order(model, seq, submission), model)
 
     async def optim_step(self, request: Request) -> Response:
         body = await read_json(request, tinker.OptimStepRequest)
@@ -287,8 +274,8 @@ class TrainerApi:
             manifest = await self._state_manifest(body.path, slot=own)
             operation = plan_creation_from_state(body, manifest, self._spec, policy)
         except HomefireError as error:
-            return _promise(self._admission.fail_now(error))
-        return _promise(await self._admission.create(operation))
+            return promise(self._admission.fail_now(error))
+        return promise(await self._admission.create(operation))
 
     async def load_adapter(self, request: Request) -> Response:
         body = await read_json(request, tinker.LoadAdapter)
@@ -299,6 +286,9 @@ class TrainerApi:
         )
         operation = refuse(OperationKind.LOAD_ADAPTER, error)
         return await self._submit(request, body.model_id, body.seq_id, operation)
+
+    async def create_custom_loss(self, request: Request) -> Response:
+        return await refuse_custom_loss(request, self._admission)
 
     async def list_checkpoints(self, request: Request) -> Response:
         spec = self._spec
@@ -339,86 +329,8 @@ class TrainerApi:
         submission = self._admission.submission(operation)
         if seq is None:
             key = request.headers.get("x-idempotency-key", "")
-            return _promise(await self._admission.accept_at_end(model, key, submission), model)
-        return _promise(await self._admission.accept_in_order(model, seq, submission), model)
-
-    # Futures ---------------------------------------------------------------------------------
-
-    async def retrieve_future(self, request: Request) -> Response:
-        body = await read_json(request, tinker.RetrieveFuture)
-        request_id, futures = body.request_id, self._front.futures
-        if futures.is_pending(request_id):
-            await self._hold(futures.completion(request_id))
-        result = futures.read(request_id)
-        if result is not None:
-            return await _answer(result, request.headers.get("accept", ""))
-        if futures.is_pending(request_id):
-            return self._not_yet(request_id)
-        error = NotFound(
-            f"no result for request {request_id!r}",
-            hint="it was never accepted here, or its result is past its retention",
-        )
-        return _failure(ErrorRecord.of(error))
-
-    async def _hold(self, completion: asyncio.Event) -> None:
-        """Until there is a result, the front closes, or it is time to say that there is none yet."""
-        if self._front.status.state is TrainerState.FAILED:
-            return
-        hold_s = PAUSED_POLL_S if self._front.status.pause_reason else POLL_S
-        waits = [asyncio.ensure_future(e.wait()) for e in (completion, self._front.closing)]
-        try:
-            await asyncio.wait(waits, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-
-    def _not_yet(self, request_id: str) -> Response:
-        status = self._front.status
-        if status.state is TrainerState.FAILED and status.error is not None:
-            return _failure(status.error)
-        body = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
-        if status.pause_reason:
-            body |= {"queue_state": "paused_capacity", "queue_state_reason": status.pause_reason}
-        return json_response(body, status=408)
-
-
-def _promise(request_id: str, model: str | None = None) -> Response:
-    body = {"request_id": request_id}
-    return json_response(body if model is None else {**body, "model_id": model})
-
-
-async def _answer(result: Result, accept: str) -> Response:
-    match result:
-        case FailedResult(error):
-            return _failure(error)
-        case PlainResult(body):
-            return json_response(body)
-        case PassResult(output):
-            return await _answer_pass(output, binary=tinker_proto.CONTENT_TYPE in accept)
-
-
-async def _answer_pass(output: tinker.PassOutput, *, binary: bool) -> Response:
-    size = output.size_bytes
-    if not binary:
-        return await _off_loop(lambda: json_response(tinker.output_json(output)), size)
-    encoded = await _off_loop(lambda: tinker_proto.encode_output(output), size)
-    return Response(encoded, media_type=tinker_proto.CONTENT_TYPE)
-
-
-def _failure(error: ErrorRecord) -> Response:
-    """A failed future is an answer, not an HTTP error: clients retry those for ever."""
-    body = {
-        "error": str(error.exception()),
-        "category": error.category,
-        "error_class": error.code,
-        "code": error.code,
-        "hint": error.hint,
-    }
-    return json_response(body)
-
-
-async def _off_loop(call: Callable[[], Value], num_bytes: int) -> Value:
-    return await asyncio.to_thread(call) if num_bytes > _OFF_LOOP_ABOVE else call()
+            return promise(await self._admission.accept_at_end(model, key, submission), model)
+        return promise(await self._admission.accept_in_order(model, seq, submission), model)
 
 
 def _number(request: Request, name: str, default: float) -> float:

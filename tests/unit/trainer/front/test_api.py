@@ -173,9 +173,9 @@ async def test_an_unknown_future_is_a_failed_one(start_front) -> None:
 
 
 async def test_a_pending_future_is_told_to_try_again(start_front, orders, monkeypatch) -> None:
-    from homefire.trainer.front import api
+    from homefire.trainer.front import future_calls
 
-    monkeypatch.setattr(api, "POLL_S", 0.0)
+    monkeypatch.setattr(future_calls, "POLL_S", 0.0)
     orders.holds = ForwardBackward
     async with start_front(orders=orders) as client:
         model = await client.model()

@@ -251,9 +251,9 @@ async def test_an_engine_that_cannot_start_is_given_up_and_says_why(start_front,
 async def test_while_the_trainer_recovers_requests_are_taken_and_futures_say_why_they_wait(
     start_front, orders, monkeypatch
 ) -> None:
-    from homefire.trainer.front import api
+    from homefire.trainer.front import future_calls
 
-    monkeypatch.setattr(api, "PAUSED_POLL_S", 0.0)
+    monkeypatch.setattr(future_calls, "PAUSED_POLL_S", 0.0)
     async with start_front(crash=True) as client:
         model = await client.model()
         await client.train(model, 1, 2)

@@ -36,8 +36,9 @@ class Answered:
 class Caller:
     """Calls an ASGI application in this event loop; a call can hang up in the middle."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, model_directory: str = "") -> None:
         self._app = app
+        self.model_directory = model_directory
 
     async def call(
         self,

@@ -16,6 +16,7 @@ from homefire.checkpoints import (
     raw_tensor,
     write_base,
     write_delta,
+    write_lora,
 )
 from homefire.inference.engine.fake import LORA_A, LORA_B
 from homefire.inference.engine.protocol import Sampling, ServedWeights, WeightSet
@@ -75,6 +76,19 @@ class Snapshots:
             self.store, key, tensors, _info(token), model_files=self.model_files
         )
         return key.name
+
+    def full(self, token: int, *, run: str, name: str) -> Manifest:
+        """A base snapshot of a root run."""
+        key = CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
+        tensors = canary_tensors(token)
+        return write_base(self.store, key, tensors, _info(token), model_files=self.model_files)
+
+    def adapter(self, token: int, *, run: str, name: str) -> Manifest:
+        key = CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
+        tensors = adapter_tensors(token)
+        return write_lora(
+            self.store, key, tensors, _info(token), adapter_config={"r": 1}, lora=CANARY_LORA
+        )
 
     def delta(self, token: int, *, parent: int) -> str:
         key = self.key(f"step-{token}")

@@ -84,7 +84,7 @@ def start_replica(tmp_path: Path, tiny_directory: Path, snapshots: Snapshots) ->
             }
         )
         replica = Replica(spec, engine, clock or SystemClock())
-        caller = Caller(replica_app(replica))
+        caller = Caller(replica_app(replica), spec.model_dir)
         replica.start()
         try:
             if wait:

@@ -16,6 +16,7 @@ from homefire.http.app import service_app
 from homefire.http.bodies import json_response, read_json
 from homefire.inference.replica.completions import CompletionRoutes
 from homefire.inference.replica.replica import Replica
+from homefire.inference.replica.tinker_routes import SamplingRoutes
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.internal import HotLoadRequest, ServiceHealth
 
@@ -26,6 +27,7 @@ def replica_app(replica: Replica) -> ASGIApp:
     """Serves as soon as it starts; the engine opens meanwhile."""
     spec = replica.spec
     completions = CompletionRoutes(replica)
+    sampling = SamplingRoutes(replica)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -47,6 +49,7 @@ def replica_app(replica: Replica) -> ASGIApp:
         *_routes("/completions", completions.completions),
         *_routes("/chat/completions", completions.chat_completions),
         Route("/inference/v1/generate", completions.generate, methods=["POST"]),
+        *sampling.routes(),
         Route("/internal/health", health),
         Route("/internal/status", status),
         Route("/internal/hot_load", hot_load, methods=["POST"]),

@@ -3,10 +3,10 @@
     idle ──request──▶ loading (read, apply, verify) ──▶ draining (swap between steps) ──▶ idle
                          └────────── any failure ──────────┴──▶ error (the old weights serve)
 
-One load runs at a time. Of the requests that come meanwhile the newest is taken up next. Every swap
-drains: running sequences finish on the old weights, and new ones wait for the new weights, or are
-refused in a `SYNC` transition. No prompt is cached from one generation to the next, so there is none to
-reset.
+One load runs at a time. Of the requests that come meanwhile the newest is taken up next; whoever calls
+`load` waits for its own. Every swap drains: running sequences finish on the old weights, and new ones
+wait for the new weights, or are refused in a `SYNC` transition. No prompt is cached from one generation
+to the next, so there is none to reset.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from homefire.inference.engine.protocol import (
     Swapped,
     WeightSet,
 )
-from homefire.wire.errors import DigestMismatch, HomefireError, InvalidArgument, SwapInProgress
+from homefire.wire.errors import (
+    DigestMismatch,
+    HomefireError,
+    HotLoadFailed,
+    InvalidArgument,
+    SwapInProgress,
+    Unavailable,
+)
 from homefire.wire.ids import BASE_IDENTITY, Identity
 from homefire.wire.internal import HotLoadRequest, HotLoadStage, LedgerEntry, SnapshotLocation
 from homefire.wire.manifest import CheckpointKind
@@ -55,6 +62,7 @@ class HotLoader:
         self._wanted: HotLoadRequest | None = None
         self._engine: InferenceEngine | None = None
         self._task: asyncio.Task[None] | None = None
+        self._one_at_a_time = asyncio.Lock()
         self._served_from: SnapshotLocation | None = None
         self._is_refusing = False
         self.stage = HotLoadStage.IDLE
@@ -83,6 +91,18 @@ class HotLoader:
                 hint="retry in a moment, or set hotLoadTransitionType to wait instead",
             )
 
+    async def load(self, wanted: HotLoadRequest) -> None:
+        """Returns when it serves. Raises why it was not loaded; Unavailable before there is an engine."""
+        if self._engine is None:
+            raise Unavailable("the replica is loading its model")
+        async with self._one_at_a_time:
+            error = await self._load_reporting(self._engine, wanted)
+        if error is not None:
+            raise error
+
+    def is_serving(self, wanted: HotLoadRequest) -> bool:
+        return self._engine is not None and self._is_serving(self._engine, wanted)
+
     def attach(self, engine: InferenceEngine) -> None:
         """The engine is ready; what was requested before is loaded now."""
         self._engine = engine
@@ -99,14 +119,19 @@ class HotLoader:
 
     async def _work(self, engine: InferenceEngine) -> None:
         while self._wanted is not None:
-            wanted, self._wanted = self._wanted, None
-            await self._load_reporting(engine, wanted)
+            async with self._one_at_a_time:
+                wanted, self._wanted = self._wanted, None
+                if wanted is not None:
+                    await self._load_reporting(engine, wanted)
         self._task = None
 
-    async def _load_reporting(self, engine: InferenceEngine, wanted: HotLoadRequest) -> None:
+    async def _load_reporting(
+        self, engine: InferenceEngine, wanted: HotLoadRequest
+    ) -> HomefireError | None:
+        """What went wrong is reported, and returned."""
         if self._is_serving(engine, wanted):
             self._enter(HotLoadStage.IDLE, None)
-            return
+            return None
         began_at = self._clock.monotonic()
         self._enter(HotLoadStage.LOADING, wanted.identity)
         try:
@@ -116,9 +141,10 @@ class HotLoader:
             swapped = await self._swap(engine, weights, wanted.transition)
         except Exception as error:  # noqa: BLE001 - a worker loop: the old weights serve on
             self._report_failure(wanted, error, load_ms=1000 * (self._clock.monotonic() - began_at))
-        else:
-            self._served_from = wanted.location
-            self._report_success(weights.served, load_ms + swapped.apply_ms, swapped.drain_ms)
+            return error if isinstance(error, HomefireError) else HotLoadFailed(_text(error))
+        self._served_from = wanted.location
+        self._report_success(weights.served, load_ms + swapped.apply_ms, swapped.drain_ms)
+        return None
 
     async def _read(self, engine: InferenceEngine, wanted: HotLoadRequest) -> WeightSet:
         if wanted.identity is None or wanted.location is None:
@@ -175,8 +201,7 @@ class HotLoader:
         self._enter(HotLoadStage.IDLE, None)
 
     def _report_failure(self, wanted: HotLoadRequest, error: Exception, *, load_ms: float) -> None:
-        known = isinstance(error, HomefireError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
+        known, text = isinstance(error, HomefireError), _text(error)
         identity = wanted.identity or BASE_IDENTITY
         log.warning("%s was not loaded: %s", identity, text, exc_info=None if known else error)
         entry = LedgerEntry(
@@ -201,6 +226,10 @@ class HotLoader:
             drain_ms=entry.drain_ms,
             error=entry.error,
         )
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, HomefireError) else f"{type(error).__name__}: {error}"
 
 
 def read_weights(

@@ -18,6 +18,8 @@ from homefire.inference.engine.protocol import Deliveries, InferenceEngine, Publ
 from homefire.inference.replica.chat_template import ChatTemplate
 from homefire.inference.replica.hot_load import HotLoader
 from homefire.inference.replica.order import ModelLimits
+from homefire.inference.replica.session_weights import SessionWeights
+from homefire.inference.replica.tinker_futures import SampleFutures
 from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.wire.errors import Unavailable, WeightsMismatch
 from homefire.wire.internal import HotLoadRequest, ReplicaStatus
@@ -38,27 +40,32 @@ class Replica:
         self._tokenizer: ModelTokenizer | None = None
         self._template: ChatTemplate | None = None
         self._failure = ""
-        self._is_stopping = False
         self._opening: asyncio.Task[None] | None = None
         self._events = EventLog(Path(spec.replica_dir) / "events.jsonl", clock)
         self._versioned: Versioned[None] = Versioned(None)
+        store = DirectoryStore(Path(spec.store_root), clock)
         self._loader = HotLoader(
-            DirectoryStore(Path(spec.store_root), clock),
+            store,
             events=self._events,
             clock=clock,
             drain_timeout_s=spec.drain_timeout_s,
             on_change=lambda: self._versioned.set(None),
         )
+        self.session_weights = SessionWeights(spec, store, self._loader)
+        self.futures = SampleFutures(spec.deployment, clock)
+        self.closing = asyncio.Event()
+        """Set before the server stops: it waits for requests in progress, and a long poll would hold it."""
 
     def start(self) -> None:
         self._opening = asyncio.create_task(self._open())
 
     async def release_watchers(self) -> None:
-        """Before the server stops: it waits for requests in progress, and a long poll would hold it."""
-        self._is_stopping = True
+        self.closing.set()
         self._versioned.set(None)
 
     async def stop(self) -> None:
+        await self.futures.stop()
+        await self.session_weights.stop()
         await self._loader.stop()
         if self._opening is not None:
             await self._opening
@@ -110,7 +117,7 @@ class Replica:
         return self.status()
 
     async def status_beyond(self, after: int | None, wait_s: float) -> ReplicaStatus:
-        timeout_s = 0.0 if self._is_stopping else wait_s
+        timeout_s = 0.0 if self.closing.is_set() else wait_s
         await self._versioned.wait_beyond(after=after, timeout_s=timeout_s)
         return self.status()
 
@@ -127,7 +134,9 @@ class Replica:
             error=loader.error or self._failure,
             ledger=loader.ledger,
         )
-        return status if self._engine is None else _with_engine(status, self._engine)
+        if self._engine is None:
+            return status
+        return _with_engine(status, self._engine, num_waiting=self.session_weights.num_waiting)
 
     async def _open(self) -> None:
         began_at = self.clock.monotonic()
@@ -182,7 +191,9 @@ def _deliver(deliveries: Deliveries) -> None:
         listener.receive(update)
 
 
-def _with_engine(status: ReplicaStatus, engine: InferenceEngine) -> ReplicaStatus:
+def _with_engine(
+    status: ReplicaStatus, engine: InferenceEngine, *, num_waiting: int
+) -> ReplicaStatus:
     served, load = engine.serving(), engine.load()
     return msgspec.structs.replace(
         status,
@@ -191,5 +202,5 @@ def _with_engine(status: ReplicaStatus, engine: InferenceEngine) -> ReplicaStatu
         identity=served.identity,
         digest=served.digest,
         running=load.running,
-        queued=load.queued,
+        queued=load.queued + num_waiting,
     )

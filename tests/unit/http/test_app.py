@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import secrets
+
 import httpx
 import msgspec
 import pytest
@@ -11,7 +13,7 @@ from starlette.routing import Route
 from homefire.http import bodies
 from homefire.http.app import account_of, service_app
 from homefire.http.bodies import json_response, read_body, read_json
-from homefire.wire.errors import Superseded
+from homefire.wire.errors import InvalidArgument, Superseded
 
 
 class Point(msgspec.Struct):
@@ -136,6 +138,31 @@ async def test_a_zstd_body_is_decompressed_under_a_cap(client, monkeypatch):
     assert len(bomb) < 1000
     answer = await client.post("/size", content=bomb, headers=headers)
     assert answer.status_code == 413
+
+
+async def test_a_zstd_body_that_unpacks_beyond_any_honest_ratio_is_refused(client, monkeypatch):
+    headers = {"content-encoding": "zstd"}
+    monkeypatch.setattr(bodies, "_SMALL_BYTES", 10_000)
+    honest = zstandard.compress(bytes(range(256)) * 39)
+    assert (await client.post("/size", content=honest, headers=headers)).status_code == 200
+    bomb = zstandard.compress(b"x" * 1_000_000)
+    answer = await client.post("/size", content=bomb, headers=headers)
+    assert answer.status_code == 413
+    assert "unpacks to more than 10000 bytes" in answer.text
+
+
+def test_a_zstd_body_of_several_frames_is_read_whole():
+    frames = [zstandard.compress(bytes([n]) * (5000 * n + 1)) for n in range(4)]
+    unpacked = b"".join(bytes([n]) * (5000 * n + 1) for n in range(4))
+    assert bodies.decompress_zstd(b"".join(frames)) == unpacked
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_half_a_zstd_frame_is_refused(kept):
+    """A protobuf body cut between two datums would still parse."""
+    body = zstandard.compress(secrets.token_bytes(100_000))
+    with pytest.raises(InvalidArgument, match="middle of a frame"):
+        bodies.decompress_zstd(body[: int(kept * len(body))])
 
 
 async def test_a_damaged_zstd_body_is_a_user_error(client):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import DeploymentRow, JobRow
 from homefire.control.job_activity import Activities
-from homefire.wire.errors import HomefireError
+from homefire.control.observations import Observations
+from homefire.wire.errors import HomefireError, Unavailable
 from homefire.wire.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,15 @@ class CheckpointDeletion:
     database: Database
     store: CheckpointStore
     activities: Activities
+    observations: Observations
 
     async def delete(self, manifest: Manifest) -> None:
         """FailedPrecondition, naming it, while something rests on the checkpoint: a delta, a
-        deployment, a job."""
+        deployment, a job whose trainer cannot be asked to do without."""
         needs = await self._needs()
+        if loading := needs.jobs_that_load(manifest):
+            await asyncio.gather(*map(self._forget_loads, loading))
+            needs = await self._needs()
 
         def work() -> None:
             siblings = self.store.list(manifest.account, manifest.job, slot=manifest.slot)
@@ -54,6 +60,13 @@ class CheckpointDeletion:
             except (HomefireError, OSError) as exc:
                 log.warning("expired checkpoints could not be deleted: %s", exc)
             await asyncio.sleep(PRUNE_EVERY_S)
+
+    async def _forget_loads(self, job_id: str) -> None:
+        """Asks a running trainer for a recovery point; without one the refusal stands."""
+        client = self.observations.trainer_client(job_id)
+        if client is not None:
+            with contextlib.suppress(Unavailable):
+                await client.post("/internal/forget_loads", {}, dict[str, str])
 
     async def _needs(self) -> Needs:
         jobs, deployments = await self.database.transact(

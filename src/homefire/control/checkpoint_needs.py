@@ -41,6 +41,16 @@ class Needs:
             case CheckpointFamily.EXTERNAL:
                 return None
 
+    def jobs_that_load(self, manifest: Manifest) -> list[str]:
+        """Those whose recovery would load this state."""
+        return [
+            job.id
+            for job in self.jobs
+            if job.account == manifest.account
+            and job.state in MAY_REPLAY
+            and any(_leads_to(load, job.id, manifest) for load in self.loads.get(job.id, ()))
+        ]
+
     def _served(self, manifest: Manifest) -> FailedPrecondition | None:
         for deployment in self.deployments:
             desired = deployment.desired
@@ -59,15 +69,12 @@ class Needs:
         return None
 
     def _loaded(self, manifest: Manifest) -> FailedPrecondition | None:
-        for job in self.jobs:
-            if job.account != manifest.account or job.state not in MAY_REPLAY:
-                continue
-            if any(_leads_to(load, job.id, manifest) for load in self.loads.get(job.id, ())):
-                return FailedPrecondition(
-                    f"state {manifest.identity!r} may be needed by job {job.id!r} to recover",
-                    hint="try again when the job has written two more recovery points, which takes "
-                    "a few minutes of training, or cancel the job first",
-                )
+        for job in self.jobs_that_load(manifest):
+            return FailedPrecondition(
+                f"state {manifest.identity!r} may be needed by job {job!r} to recover",
+                hint="try again when its trainer runs, or cancel the job: it then keeps a recovery "
+                "point of its own",
+            )
         return None
 
 

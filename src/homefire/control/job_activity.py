@@ -6,16 +6,13 @@ The files only grow, so each is read once, from where reading stopped.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from homefire.control.job_records import EVENTS_FILE
 from homefire.foundation.home import Home
 
-_NUM_POINTS_KEPT = 2
-"""Recovery points that a front keeps: it may go back to the older one."""
 _LOADS = frozenset({"state_loaded", "model_created"})
 
 
@@ -45,9 +42,8 @@ class JobActivity:
     last_at: dict[str, float] = field(default_factory=dict[str, float])
     """When the last operation of a model ended, by model id; Unix time in seconds."""
     loads: list[StateLoad] = field(default_factory=list[StateLoad])
-    """Those since the oldest recovery point that is kept: replaying the journal repeats them."""
+    """Those since the newest recovery point: replaying the journal repeats them."""
     offset: int = 0
-    _points: deque[float] = field(default_factory=lambda: deque[float](maxlen=_NUM_POINTS_KEPT))
 
     def note(self, event: _Event) -> None:
         if event.model_id:
@@ -55,9 +51,7 @@ class JobActivity:
         if event.event in _LOADS and event.name:
             self.loads.append(StateLoad(event.at, event.model_id, event.name))
         if event.event == "recovery_point":
-            self._points.append(event.at)
-            if len(self._points) == _NUM_POINTS_KEPT:
-                self.loads = [load for load in self.loads if load.at >= self._points[0]]
+            self.loads.clear()
 
 
 class Activities:
@@ -72,7 +66,7 @@ class Activities:
         with self._lock:
             activity = self._by_job.setdefault(job_id, JobActivity())
             self._catch_up(job_id, activity)
-            return activity
+            return replace(activity, last_at=dict(activity.last_at), loads=list(activity.loads))
 
     def _catch_up(self, job_id: str, activity: JobActivity) -> None:
         try:

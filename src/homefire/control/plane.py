@@ -167,7 +167,9 @@ class ControlPlane:
         self.hot_loads = HotLoads(self.database, self.store, self.reconciler, self.clock, self.home)
         self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT)
         self.activities = Activities(self.home)
-        self.deletion = CheckpointDeletion(self.database, self.store, self.activities)
+        self.deletion = CheckpointDeletion(
+            self.database, self.store, self.activities, self.observations
+        )
         self.management = Management.of(
             database=self.database,
             store=self.store,

@@ -6,11 +6,13 @@ All of them travel over the services' own sockets, with the header `x-homefire-s
     GET  /internal/status?after=<version>&wait_s=<s>       -> TrainerStatus      (front)
                                                            -> ReplicaStatus      (replica)
     POST /internal/hot_load        HotLoadRequest          -> ReplicaStatus      (replica; 202)
+    POST /internal/forget_loads                            -> {}                 (front)
     GET  /internal/routes?after=<version>&wait_s=<s>       -> RouteTable         (control)
     POST /internal/tinker/runs     NewRun                  -> RunPlace           (control)
     GET  /internal/tinker/runs/{run}?account=<a>           -> RunPlace           (control)
     POST /internal/tinker/wake     Wake                    -> {}                 (control)
 
+`forget_loads` is answered when no recovery would load a state of the store again: control deletes one.
 A status with `after` is answered as soon as its version differs from `after`, else after `wait_s`.
 """
 

@@ -35,6 +35,7 @@ from homefire.foundation.versioned import Versioned
 from homefire.http.bodies import json_response, read_json
 from homefire.http.client import ServiceClient
 from homefire.launch.fake import FakeLauncher, FakeProcess
+from homefire.wire.errors import Unavailable, error_body
 from homefire.wire.internal import (
     HotLoadRequest,
     HotLoadStage,
@@ -63,11 +64,14 @@ class ScriptedService:
         """Status polls that wait for a change."""
         self.loads: list[HotLoadRequest] = []
         self.on_load: Callable[[HotLoadRequest], None] | None = None
+        self.on_forget: Callable[[], None] | None = None
+        """A front that takes a recovery point when asked; without it, it says that it cannot."""
         self.app = Starlette(
             routes=[
                 Route("/internal/health", self._health),
                 Route("/internal/status", self._status),
                 Route("/internal/hot_load", self._hot_load, methods=["POST"]),
+                Route("/internal/forget_loads", self._forget_loads, methods=["POST"]),
             ]
         )
 
@@ -99,6 +103,12 @@ class ScriptedService:
         else:
             self.on_load(asked)
         return json_response(self.status.get(), status=202)
+
+    async def _forget_loads(self, request: Request) -> Any:
+        if self.on_forget is None:
+            return json_response(error_body(Unavailable("starting"), request_id="r"), status=503)
+        self.on_forget()
+        return json_response({})
 
 
 class Fabric(httpx.AsyncBaseTransport):

@@ -103,6 +103,7 @@ class TrainerApi:
             self._route("samplers/{sampler_id}", refuse_call, "GET"),
             Route("/internal/health", self.health),
             Route("/internal/status", self.status),
+            Route("/internal/forget_loads", self.forget_loads, methods=["POST"]),
         ]
 
     def _route(
@@ -139,6 +140,11 @@ class TrainerApi:
             wait_s=min(max(wait_s, 0.0), MAX_STATUS_WAIT_S),
         )
         return json_response(status)
+
+    async def forget_loads(self, request: Request) -> Response:
+        """Control is about to delete a state."""
+        await self._front.worker.forget_loads()
+        return json_response({})
 
     async def client_config(self, request: Request) -> Response:
         """All flags keep the client's defaults."""

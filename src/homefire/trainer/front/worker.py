@@ -35,6 +35,7 @@ from homefire.wire.errors import (
     InternalError,
     SequenceGap,
     StorageFailed,
+    Unavailable,
 )
 from homefire.wire.internal import TrainerState
 
@@ -74,6 +75,8 @@ class Worker:
         self._open_model = open_model
         self._wake = asyncio.Event()
         self._stopping = False
+        self._forgetting: list[asyncio.Future[None]] = []
+        """Who waits until no recovery would load a state again."""
         self._deaths: Counter[str] = Counter()
         self._forgot_at = clock.monotonic()
         self._task: asyncio.Task[None] | None = None
@@ -86,6 +89,24 @@ class Worker:
     def wake(self) -> None:
         """Something was queued."""
         self._wake.set()
+
+    async def forget_loads(self) -> None:
+        """Returns when no recovery would load a state again, so that any state may be deleted.
+
+        Between operations, by a recovery point. Unavailable while the engine is not up, StorageFailed
+        when no point can be written.
+        """
+        if not self._ledger.has_loaded:
+            return
+        if self.model is None or self._stopping or self._task is None:
+            raise Unavailable("the trainer is starting or stopping", hint="try again in a minute")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._forgetting.append(done)
+        self._wake.set()
+        await asyncio.wait({done, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Unavailable("the trainer stopped meanwhile", hint="try again in a minute")
+        done.result()
 
     async def stop(self) -> None:
         """Finishes the running operation, takes a recovery point and ends the engine."""
@@ -185,6 +206,7 @@ class Worker:
             exited.cancel()
         if self._points.is_dirty:
             await self._take_point(model)
+        await self._forget(model)
         await model.engine.shut_down()
 
     async def _wait_for_work(self) -> None:
@@ -202,6 +224,20 @@ class Worker:
             self._ledger.forget(self._futures.forget_old())
         if self._points.due_in_s == 0.0:
             await self._take_point(model)
+        if self._forgetting:
+            await self._forget(model)
+
+    async def _forget(self, model: LiveModel) -> None:
+        if self._ledger.has_loaded:
+            await self._take_point(model)
+        waiting, self._forgetting = self._forgetting, []
+        for done in waiting:
+            if done.done():
+                continue  # its caller has gone
+            if self._ledger.has_loaded:
+                done.set_exception(StorageFailed("no recovery point could be taken"))
+            else:
+                done.set_result(None)
 
     async def _take_point(self, model: LiveModel) -> None:
         """Failing to is no reason to stop: the journal still has everything."""

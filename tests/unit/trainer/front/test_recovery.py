@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from homefire.checkpoints import CheckpointFamily, CheckpointKey
 from homefire.foundation.clock import ManualClock
 from homefire.trainer.front.journal import segments
 from homefire.wire.engine import (
@@ -17,6 +19,7 @@ from homefire.wire.engine import (
     OptimStep,
     SaveRecovery,
 )
+from homefire.wire.errors import Unavailable
 from homefire.wire.internal import TrainerState
 
 
@@ -196,6 +199,44 @@ async def test_a_state_that_was_loaded_and_then_overwritten_is_not_loaded_again(
         await client.result(await client.forward(model, 13))
         assert await client.digest() == digest
         assert (await client.status()).error is None
+
+
+async def test_a_state_may_be_deleted_once_the_front_has_forgotten_its_loads(start_front) -> None:
+    """One recovery point, and only where a replay would load something."""
+    async with start_front(crash=True) as client:
+
+        def points() -> int:
+            return len([r for r in client.orders.seen if isinstance(r, SaveRecovery)])
+
+        model = await client.model()
+        await client.call("save_weights", model, 1, path="s")
+        await client.train(model, 2, 1)
+        await client.front.worker.forget_loads()
+        assert points() == 0
+        await client.call("load_weights", model, 4, path="s", optimizer=True)
+        await client.train(model, 5, 2)
+        await asyncio.gather(*(client.front.worker.forget_loads() for _ in range(3)))
+        assert points() == 1
+        spec = client.front.spec
+        state = ("local", spec.job, "policy", CheckpointFamily.STATE, "s")
+        client.front.store.delete(CheckpointKey(*state))
+        await client.train(model, 9, 1)
+        digest = await client.digest()
+    async with start_front() as client:
+        await client.result(await client.forward(model, 11))
+        assert await client.digest() == digest
+        assert (await client.status()).error is None
+
+
+async def test_loads_are_not_forgotten_while_the_engine_is_down(start_front) -> None:
+    async with start_front() as client:
+        model = await client.model()
+        await client.call("save_weights", model, 1, path="s")
+        await client.call("load_weights", model, 2, path="s", optimizer=True)
+        await client.front.worker.stop()
+        client.front.ledger.has_loaded = True
+        with pytest.raises(Unavailable):
+            await client.front.worker.forget_loads()
 
 
 async def test_a_damaged_point_is_passed_over_for_the_one_before(start_front) -> None:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homefire.trainer.engine.adamw import AdamW, clip_scale, gradient_norm
+from homefire.trainer.engine.adamw import AdamW, gradient_norms
 from homefire.trainer.engine.bigram_weights import Moments
+from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.wire.engine import AdamParams
 from homefire.wire.errors import NonFiniteGradient
 
@@ -55,8 +56,8 @@ def test_the_torch_optimizer_equals_the_formula(params, seed, divisor):
     adam = AdamW(masters)
     for gradient in gradients:
         named = {"w": torch.from_numpy(gradient)}
-        norm = gradient_norm(named, divisor)
-        adam.step(masters, named, params, scale=clip_scale(norm, params, divisor))
+        scale = gradient_norms(named, divisor).clipping(params) / divisor
+        adam.step(masters, named, params, scale=scale)
     expected = reference(start.astype(np.float64), gradients, params, divisor)
     np.testing.assert_allclose(masters["w"].numpy(), expected, rtol=1e-5, atol=2e-6)
 
@@ -69,7 +70,8 @@ def test_the_fakes_optimizer_equals_the_formula(params, seed):
     masters = {"w": start.copy()}
     moments = Moments(masters)
     for gradient in gradients:
-        scale = clip_scale(float(np.linalg.norm(gradient.astype(np.float64))), params, 1.0)
+        norms = GradientNorms({"w": float(np.linalg.norm(gradient.astype(np.float64)))})
+        scale = norms.clipping(params)
         moments.step(masters, {"w": gradient}, params, scale)
     expected = reference(start.astype(np.float64), gradients, params, 1.0)
     np.testing.assert_allclose(masters["w"], expected, rtol=1e-5, atol=2e-6)
@@ -93,4 +95,4 @@ def test_it_is_torchs_adamw():
 def test_a_gradient_that_cannot_be_squared_names_its_parameter(value):
     gradient = {"fine": torch.ones(3), "broken": torch.tensor([0.0, value])}
     with pytest.raises(NonFiniteGradient, match="'broken'"):
-        gradient_norm(gradient, 1.0)
+        gradient_norms(gradient, 1.0).check()

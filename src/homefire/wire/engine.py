@@ -19,6 +19,7 @@ top_k_logprobs float32 and top_k_indices int64 [T, top_k]; or embedding float32 
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 from enum import StrEnum
@@ -28,7 +29,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from homefire.wire.errors import ErrorRecord
+from homefire.wire.errors import ErrorRecord, InvalidArgument
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -75,6 +76,39 @@ class AdamParams(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
     """Global norm; 0 means no clipping."""
+
+
+SMALLEST_EPS = 1e-37
+"""Below it eps is 0 in float32, and a weight that never had a gradient would become 0 / 0."""
+
+
+def check_adam(adam: AdamParams) -> None:
+    """InvalidArgument, naming the first parameter that is out of its range."""
+    ranges = {
+        "learning_rate": (adam.learning_rate, 0.0, math.inf),
+        "beta1": (adam.beta1, 0.0, 1.0),
+        "beta2": (adam.beta2, 0.0, 1.0),
+        "eps": (adam.eps, SMALLEST_EPS, math.inf),
+        "weight_decay": (adam.weight_decay, 0.0, math.inf),
+        "grad_clip_norm": (adam.grad_clip_norm, 0.0, math.inf),
+    }
+    for name, (value, low, below) in ranges.items():
+        if not low <= value < below:
+            raise InvalidArgument(
+                f"adam_params.{name} is {value}",
+                hint=f"use {low:g} <= {name} < {below:g}",
+                field=name,
+            )
+
+
+class GradNormMetrics(StrEnum):
+    """What a step tells about its gradient, beyond `grad_norm` and `update_norm`."""
+
+    OFF = "off"
+    BASIC = "basic"
+    """Norms of the gradient after clipping and of the weights, the largest element."""
+    DETAILED = "detailed"
+    """The gradient's norm per parameter too."""
 
 
 class GradNormalization(StrEnum):
@@ -138,6 +172,7 @@ class OptimStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slot: str
     adam: AdamParams
     normalization: GradNormalization = GradNormalization.NONE
+    norm_metrics: GradNormMetrics = GradNormMetrics.OFF
 
 
 class DiscardGradients(msgspec.Struct, frozen=True, tag=True):

@@ -76,6 +76,7 @@ class AdamFields(msgspec.Struct, frozen=True):
     eps: float | None = None
     weight_decay: float | None = None
     grad_clip_norm: float | None = None
+    emit_grad_norm_metrics: bool | str | None = None
     grad_accumulation_normalization: str | None = None
 
 

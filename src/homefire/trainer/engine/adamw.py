@@ -12,11 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.wire.engine import AdamParams
-from homefire.wire.errors import NonFiniteGradient
-
-LARGEST_GRADIENT = 1e19
-"""Above it a squared gradient leaves float32."""
 
 
 class AdamW:
@@ -42,7 +39,7 @@ class AdamW:
         squares = 0.0
         for name, master in masters.items():
             update = self._update(name, master, gradient.get(name), params, scale)
-            squares += float(torch.linalg.vector_norm(update, dtype=torch.float64)) ** 2
+            squares += norm_of(update) ** 2
             master.sub_(update)
         return math.sqrt(squares)
 
@@ -64,27 +61,9 @@ class AdamW:
         return update.add_(master, alpha=params.weight_decay).mul_(params.learning_rate)
 
 
-def gradient_norm(gradient: Mapping[str, Tensor], divisor: float) -> float:
-    """The global norm of `gradient / divisor`; NonFiniteGradient names the first parameter that is
-    NaN, infinite or too large to square."""
-    squares = 0.0
-    for name, tensor in gradient.items():
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / divisor
-        if not norm < LARGEST_GRADIENT:
-            raise non_finite(name, norm)
-        squares += norm * norm
-    return math.sqrt(squares)
+def gradient_norms(gradient: Mapping[str, Tensor], divisor: float) -> GradientNorms:
+    return GradientNorms({name: norm_of(tensor) / divisor for name, tensor in gradient.items()})
 
 
-def non_finite(name: str, norm: float) -> NonFiniteGradient:
-    return NonFiniteGradient(
-        f"the gradient of {name!r} has norm {norm}; nothing was stepped and the gradient was cleared",
-        hint="check the batch's weights and advantages, or clip them",
-    )
-
-
-def clip_scale(norm: float, params: AdamParams, divisor: float) -> float:
-    """What the accumulated gradient is multiplied by: normalization, then clipping to the norm."""
-    limit = params.grad_clip_norm
-    clip = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
-    return clip / divisor
+def norm_of(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from homefire.model import bigram
+from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
     Float32,
     GradientOf,
@@ -20,8 +22,8 @@ from homefire.trainer.engine.network import (
     PackedTokens,
     WeightFiles,
 )
-from homefire.wire.engine import AdamParams, Array, LoraSpec
-from homefire.wire.errors import InvalidArgument, NonFiniteGradient
+from homefire.wire.engine import AdamParams, Array, GradNormMetrics, LoraSpec
+from homefire.wire.errors import InvalidArgument
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
@@ -95,15 +97,21 @@ class BigramTrained(ABC):
     def clear_gradient(self) -> None:
         self._gradient = {}
 
-    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
-        norm = _norm(self._gradient) / divisor
-        if not math.isfinite(norm):
-            name = next(n for n, g in self._gradient.items() if not np.isfinite(g).all())
-            raise NonFiniteGradient(f"the gradient of {name!r} is not finite; nothing was stepped")
-        limit = adam.grad_clip_norm
-        scale = (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0) / divisor
-        update_norm = self._moments.step(self._masters, self._gradient, adam, scale)
-        return {"grad_norm": norm, "update_norm": update_norm}
+    def step(
+        self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
+    ) -> dict[str, float]:
+        gradient = self._gradient
+        norms = GradientNorms({name: _norm([g]) / divisor for name, g in gradient.items()})
+        norms.check()
+        more = norms.metrics(
+            norm_metrics,
+            adam,
+            weight_norm=_norm(self._masters.values()),
+            largest=max((float(np.abs(g).max()) for g in gradient.values()), default=0.0) / divisor,
+        )
+        scale = norms.clipping(adam) / divisor
+        update_norm = self._moments.step(self._masters, gradient, adam, scale)
+        return {"grad_norm": norms.total, "update_norm": update_norm, **more}
 
     def files(self) -> WeightFiles:
         return WeightFiles(_raw(self._masters), self._moments.raw(), _raw(self._gradient))
@@ -142,9 +150,11 @@ class BigramFull(BigramTrained):
     def __init__(self, base: Float32) -> None:
         super().__init__({bigram.TENSOR: base.copy()})
 
-    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
+    def step(
+        self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
+    ) -> dict[str, float]:
         before = bigram.bfloat16(self._masters[bigram.TENSOR])
-        norms = super().step(adam, divisor)
+        norms = super().step(adam, divisor, norm_metrics)
         changed = np.count_nonzero(before != bigram.bfloat16(self._masters[bigram.TENSOR]))
         return {**norms, "changed_fraction": float(changed / before.size)}
 
@@ -225,7 +235,7 @@ class Moments:
             update += _float32(params.weight_decay) * master
             updates[name] = update * _float32(params.learning_rate)
             masters[name] = master - updates[name]
-        return _norm(updates)
+        return _norm(updates.values())
 
     def raw(self) -> dict[str, RawTensor]:
         moments = {f"first:{name}": array for name, array in self.first.items()}
@@ -284,8 +294,8 @@ def _float32(value: float) -> Any:
     return np.float32(value)
 
 
-def _norm(arrays: dict[str, Float32]) -> float:
-    return math.sqrt(sum(float(np.square(a.astype(np.float64)).sum()) for a in arrays.values()))
+def _norm(arrays: Iterable[Float32]) -> float:
+    return math.sqrt(sum(float(np.square(a.astype(np.float64)).sum()) for a in arrays))
 
 
 def _raw(arrays: dict[str, Array]) -> dict[str, RawTensor]:

@@ -8,7 +8,6 @@ when every micro-batch went well.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metric
 from homefire.trainer.engine.network import Float32, Network, TrainableWeights
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
-    AdamParams,
     AdoptSnapshot,
     Arrays,
     CloseSlot,
@@ -59,6 +57,7 @@ from homefire.wire.engine import (
     StateSaved,
     Stepped,
     WeightsDigest,
+    check_adam,
 )
 from homefire.wire.errors import (
     DigestMismatch,
@@ -217,10 +216,12 @@ class SlotEngine:
     def optim_step(self, request: OptimStep) -> Stepped:
         slot = self._slots.get(request.slot)
         trained = slot.trainable()
-        _check_adam(request.adam)
+        check_adam(request.adam)
         accumulated = slot.accumulated
         try:
-            norms = trained.step(request.adam, accumulated.divisor(request.normalization))
+            norms = trained.step(
+                request.adam, accumulated.divisor(request.normalization), request.norm_metrics
+            )
         except NonFiniteGradient:
             slot.clear_gradient()
             raise
@@ -370,19 +371,3 @@ def _restore(
     slot.trained.check_fits(masters)
     slot.trained.restore(masters, optimizer, gradient)
     slot.accumulated = saved.accumulated()
-
-
-def _check_adam(adam: AdamParams) -> None:
-    ranges = {
-        "learning_rate": (adam.learning_rate, 0.0, math.inf),
-        "beta1": (adam.beta1, 0.0, 1.0),
-        "beta2": (adam.beta2, 0.0, 1.0),
-        "eps": (adam.eps, 0.0, math.inf),
-        "weight_decay": (adam.weight_decay, 0.0, math.inf),
-        "grad_clip_norm": (adam.grad_clip_norm, 0.0, math.inf),
-    }
-    for name, (value, low, high) in ranges.items():
-        if not low <= value < high:
-            raise InvalidArgument(
-                f"{name} is {value}", hint=f"it must be in [{low}, {high})", field=name
-            )

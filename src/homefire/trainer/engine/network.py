@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from homefire.wire.engine import AdamParams, LoraSpec
+from homefire.wire.engine import AdamParams, GradNormMetrics, LoraSpec
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
@@ -113,12 +113,15 @@ class TrainableWeights(FrozenWeights, Protocol):
         """Forgets the accumulated gradient."""
         ...
 
-    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
+    def step(
+        self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
+    ) -> dict[str, float]:
         """AdamW with the accumulated gradient / divisor (zero when there is none).
 
         Metrics: `grad_norm` (before clipping), `update_norm`, and for whole models
-        `changed_fraction` (elements whose serving value moved). Raises NonFiniteGradient, naming the
-        parameter, before anything is stepped.
+        `changed_fraction` (elements whose serving value moved); what `norm_metrics` adds is in
+        `gradient_norms.py`. Raises NonFiniteGradient, naming the parameter, before anything is
+        stepped.
         """
         ...
 

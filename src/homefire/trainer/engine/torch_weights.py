@@ -9,6 +9,7 @@ float32), so gradients are those of the weights that a sampler serves; an adapte
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import LoraAdapter, applied, head_update, peft_config
 from homefire.model.packed import likeliest_tokens, packed_hidden, target_logprobs
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
-from homefire.trainer.engine.adamw import AdamW, clip_scale, gradient_norm
+from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
+from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
     Float32,
     GradientOf,
@@ -29,7 +31,7 @@ from homefire.trainer.engine.network import (
     PackedTokens,
     WeightFiles,
 )
-from homefire.wire.engine import AdamParams
+from homefire.wire.engine import AdamParams, GradNormMetrics
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
@@ -172,12 +174,25 @@ class TrainedWeights(ABC):
     def clear_gradient(self) -> None:
         self._gradient = {}
 
-    def step(self, adam: AdamParams, divisor: float) -> dict[str, float]:
-        norm = gradient_norm(self._gradient, divisor)
-        scale = clip_scale(norm, adam, divisor)
+    def step(
+        self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
+    ) -> dict[str, float]:
+        norms = gradient_norms(self._gradient, divisor)
+        norms.check()
         self._settle()
+        more = self._norm_metrics(norms, norm_metrics, adam, divisor)
+        scale = norms.clipping(adam) / divisor
         update_norm = self._adam.step(self._masters, self._gradient, adam, scale=scale)
-        return {"grad_norm": norm, "update_norm": update_norm, **self._publish()}
+        return {"grad_norm": norms.total, "update_norm": update_norm, **more, **self._publish()}
+
+    def _norm_metrics(
+        self, norms: GradientNorms, asked: GradNormMetrics, adam: AdamParams, divisor: float
+    ) -> dict[str, float]:
+        if asked is GradNormMetrics.OFF:
+            return {}
+        largest = max((float(g.abs().max()) for g in self._gradient.values()), default=0.0)
+        weight_norm = math.hypot(*(norm_of(master) for master in self._masters.values()))
+        return norms.metrics(asked, adam, weight_norm=weight_norm, largest=largest / divisor)
 
     def files(self) -> WeightFiles:
         adam = self._adam

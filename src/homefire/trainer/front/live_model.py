@@ -29,12 +29,11 @@ from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
 from homefire.trainer.front.slot_policy import SlotPolicy
 from homefire.trainer.front.validation import Batch, Limits, check_batch
 from homefire.wire import engine as wire
-from homefire.wire.engine import ExecutionPlan, SlotKind
+from homefire.wire.engine import ExecutionPlan, SlotKind, check_adam
 from homefire.wire.errors import (
     FailedPrecondition,
     HomefireError,
     InternalError,
-    InvalidArgument,
 )
 from homefire.wire.specs import TrainerSpec
 from homefire.wire.tinker import PassOutput
@@ -151,7 +150,10 @@ class LiveModel:
 
     async def _step(self, operation: StepOptimizer, handle: Handle) -> Outcome:
         message = wire.OptimStep(
-            slot=handle.slot, adam=operation.adam, normalization=operation.normalization
+            slot=handle.slot,
+            adam=operation.adam,
+            normalization=operation.normalization,
+            norm_metrics=operation.norm_metrics,
         )
         stepped = await ask(self._engine, message, wire.Stepped)
         self._steps[handle.slot] = stepped.step
@@ -275,28 +277,10 @@ def _check_allowed(operation: Operation, handle: Handle) -> None:
             hint="create a model with create_training_client to train",
         )
     if isinstance(operation, StepOptimizer):
-        _check_adam(operation)
+        check_adam(operation.adam)
 
 
 def _changes_weights(operation: Operation) -> bool:
     if isinstance(operation, RunPass):
         return not operation.body.forward_only
     return not isinstance(operation, CreateHandle | UnloadHandle | Refused)
-
-
-def _check_adam(operation: StepOptimizer) -> None:
-    adam = operation.adam
-    ranges = {
-        "learning_rate": (0.0, float("inf")),
-        "beta1": (0.0, 1.0),
-        "beta2": (0.0, 1.0),
-        "eps": (0.0, float("inf")),
-        "weight_decay": (0.0, float("inf")),
-        "grad_clip_norm": (0.0, float("inf")),
-    }
-    for name, (low, below) in ranges.items():
-        value = getattr(adam, name)
-        if not low <= value < below:
-            raise InvalidArgument(
-                f"adam_params.{name} is {value}", hint=f"use {low} <= {name} < {below}", field=name
-            )

@@ -12,7 +12,13 @@ from typing import Any
 
 import msgspec
 
-from homefire.wire.engine import AdamParams, GradNormalization, LoraSpec, SlotKind
+from homefire.wire.engine import (
+    AdamParams,
+    GradNormalization,
+    GradNormMetrics,
+    LoraSpec,
+    SlotKind,
+)
 from homefire.wire.errors import ErrorRecord, HomefireError, InvalidArgument, Unsupported
 from homefire.wire.tinker import (
     AdamFields,
@@ -58,6 +64,7 @@ class RunPass(msgspec.Struct, frozen=True, tag="pass"):
 class StepOptimizer(msgspec.Struct, frozen=True, tag="step"):
     adam: AdamParams
     normalization: GradNormalization
+    norm_metrics: GradNormMetrics = GradNormMetrics.OFF
 
 
 class SaveTrainState(msgspec.Struct, frozen=True, kw_only=True, tag="save_state"):
@@ -181,7 +188,7 @@ def run_pass(body: Pass | RejectedPass) -> RunPass | Refused:
 def step_optimizer(request: OptimStepRequest) -> StepOptimizer | Refused:
     fields = request.optimizer_params or request.adam_params or AdamFields()
     try:
-        return StepOptimizer(_adam(fields), _normalization(request, fields))
+        return StepOptimizer(_adam(fields), _normalization(request, fields), _norm_metrics(fields))
     except HomefireError as error:
         return refuse(OperationKind.OPTIM_STEP, error)
 
@@ -207,6 +214,20 @@ def _normalization(request: OptimStepRequest, fields: AdamFields) -> GradNormali
         field = "grad_accumulation_normalization"
         raise InvalidArgument(
             f"{field} {asked!r} is unknown", hint=f"use {known}", field=field
+        ) from exc
+
+
+def _norm_metrics(fields: AdamFields) -> GradNormMetrics:
+    asked = fields.emit_grad_norm_metrics
+    if asked is None or isinstance(asked, bool):
+        return GradNormMetrics.BASIC if asked else GradNormMetrics.OFF
+    try:
+        return GradNormMetrics(asked)
+    except ValueError as exc:
+        known = ", ".join(GradNormMetrics)
+        field = "emit_grad_norm_metrics"
+        raise InvalidArgument(
+            f"{field} {asked!r} is unknown", hint=f"use true, false, {known}", field=field
         ) from exc
 
 

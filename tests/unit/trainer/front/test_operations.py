@@ -43,10 +43,28 @@ def test_the_normalization_is_found_where_any_client_puts_it(body: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("null", "off"),
+        ("false", "off"),
+        ("true", "basic"),
+        ('"off"', "off"),
+        ('"basic"', "basic"),
+        ('"detailed"', "detailed"),
+    ],
+)
+def test_norm_metrics_are_asked_for_by_name_or_flag(asked: str, expected: str) -> None:
+    step = optim_step(f'"adam_params":{{"emit_grad_norm_metrics":{asked}}}')
+    assert isinstance(step, StepOptimizer)
+    assert step.norm_metrics == expected
+
+
+@pytest.mark.parametrize(
     ("body", "named"),
     [
         ('"optimizer_params":{"type":"dimuon"}', "dimuon"),
         ('"grad_accumulation_normalization":"mean"', "mean"),
+        ('"adam_params":{"emit_grad_norm_metrics":"some"}', "some"),
     ],
 )
 def test_an_unknown_optimizer_or_normalization_keeps_its_place_and_fails_there(

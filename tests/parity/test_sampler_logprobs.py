@@ -151,7 +151,7 @@ def test_a_stale_tied_head_would_be_seen(directory: Callable[[bool, int], Path])
     """The planted fault: weights change, the head's copy does not."""
     bench = open_bench(directory(True, 1))
     network: Any = bench.scheduler._network
-    network._head.refresh = lambda: None
+    network._head.refresh = lambda own=None: None
     swap(bench, full_set(directory(True, 2), "step-1"))
     request = SequenceRequest(prompt(7, 7), 15, seed=1)
     _, recorder = bench.submit(request)

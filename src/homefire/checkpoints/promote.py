@@ -21,7 +21,7 @@ from homefire.checkpoints.model_directory import (
     write_model,
 )
 from homefire.checkpoints.safetensors_file import read_safetensors, write_safetensors
-from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE
 from homefire.checkpoints.staging import remove_leftovers, staging_directory
 from homefire.checkpoints.store import CheckpointKey
 from homefire.foundation.durable import publish_directory, write_file
@@ -117,10 +117,16 @@ def _make(
             _write_adapter(staged, snapshot.tensors, snapshot_directory)
         else:
             write_model(staged, snapshot.tensors)
-            copy_files(companion_files(base_model), staged)
+            copy_files(companion_files(_model_files(snapshot_directory, base_model)), staged)
         if _digest(staged) != snapshot.manifest.digest:
             raise DigestMismatch(f"{destination} was not written as {snapshot.manifest.identity!r}")
         publish_directory(staged, destination)
+
+
+def _model_files(snapshot_directory: Path, base_model: Path) -> Path:
+    """A base snapshot has a configuration of its own, and may differ from the base model's: where an
+    adapter of a tied head was merged, it is no longer tied."""
+    return snapshot_directory if (snapshot_directory / CONFIG_FILE).is_file() else base_model
 
 
 def _write_adapter(

@@ -35,8 +35,10 @@ from homefire.wire.manifest import (
 from homefire.wire.tensors import Tensors, digest_tensors
 
 log = logging.getLogger(__name__)
+CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+_NO_CHANGES: Mapping[str, Any] = {}
 _WARN_ABOVE = 0.8
 """Share of the size cap from which a writer warns."""
 
@@ -63,14 +65,20 @@ def write_base(
     info: SnapshotInfo,
     *,
     model_files: Path,
+    config_changes: Mapping[str, Any] = _NO_CHANGES,
 ) -> Manifest:
-    """An ordinary Hugging Face directory: weights, and `model_files`' configuration and tokenizer."""
+    """An ordinary Hugging Face directory: weights, and `model_files`' configuration and tokenizer.
+
+    `config_changes` replace top-level fields of its config.json.
+    """
     companions = companion_files(model_files)
     planned = _num_bytes(tensors) + sum(path.stat().st_size for path in companions)
     check_size_cap(key, planned, info.cap_bytes)
     with store.stage(key) as staged:
         files = write_model(staged.directory, tensors)
         files |= copy_files(companions, staged.directory)
+        if config_changes:
+            files[CONFIG_FILE] = _change_config(staged.directory / CONFIG_FILE, config_changes)
         entries = digest_tensors(tensors)
         manifest = new_manifest(
             key, CheckpointKind.BASE, info, entries, files, num_elements=_count(tensors)
@@ -187,6 +195,12 @@ def check_size_cap(key: CheckpointKey, size_bytes: int, cap_bytes: int) -> None:
     if size_bytes >= _WARN_ABOVE * cap_bytes:
         share = size_bytes / cap_bytes
         log.warning("%s has %d bytes, %.0f %% of the cap", key, size_bytes, 100 * share)
+
+
+def _change_config(path: Path, changes: Mapping[str, Any]) -> FileEntry:
+    config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config | dict(changes)), indent=2))
+    return file_entry(path)
 
 
 def _num_bytes(tensors: Tensors) -> int:

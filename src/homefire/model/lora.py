@@ -9,22 +9,30 @@ Axes: r rank, I inputs, O outputs of a linear layer.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from homefire.model.tensors import serving_tensors
+from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.peft import PREFIX, adapted_modules, adapter_config
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
 
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 _ATTENTION_WORDS = ("attn", "attention")
 
 
@@ -68,8 +76,9 @@ def new_adapter(
     train_attn: bool = True,
     train_mlp: bool = True,
     train_unembed: bool = True,
+    init: LoraInit = LoraInit.KAIMING,
 ) -> LoraAdapter:
-    """A fresh adapter: A Kaiming-uniform from `seed`, B zero, so it changes nothing at first.
+    """A fresh adapter: A random from `seed`, B zero, so it changes nothing at first.
 
     With tied embeddings `train_unembed` adapts the head alone, never the embedding, as PEFT does.
     """
@@ -84,6 +93,8 @@ def new_adapter(
         linear = _linear(model, path)
         bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
         a = torch.rand(rank, linear.in_features, generator=generator) * (2 * bound) - bound
+        if init is LoraInit.NORA:
+            a = F.normalize(a, dim=0)
         b = torch.zeros(linear.out_features, rank)
         layers[path] = LowRank(a.to(model.device), b.to(model.device))
     return LoraAdapter(rank, alpha, layers)
@@ -167,6 +178,29 @@ def head_update(
     return F.linear(hidden, layer.a) * adapter.scaling, layer.b
 
 
+@torch.no_grad()
+def merged_tensors(model: LoadedModel, adapter: LoraAdapter) -> dict[str, Tensor]:
+    """The base with the adapter folded in, in float32, rounded to the serving dtype once.
+
+    Fresh CPU tensors under state-dict names. A head that was tied and is adapted comes with a tensor
+    of its own beside the embedding's: see `unties_head`.
+    """
+    tensors = serving_tensors(model)
+    if unties_head(model, adapter):
+        state = model.module.state_dict()
+        tensors |= {name: state[name].to(model.serving_dtype).cpu() for name in sorted(model.tied)}
+    for path, layer in adapter.layers.items():
+        weight = _linear(model, path).weight.float()
+        merged = weight + adapter.scaling * (layer.b @ layer.a)
+        tensors[f"{path}.weight"] = merged.to(model.serving_dtype).cpu().contiguous()
+    return tensors
+
+
+def unties_head(model: LoadedModel, adapter: LoraAdapter) -> bool:
+    """Whether merging changes a head that shares the embedding's weights."""
+    return bool(model.tied) and model.head_path in adapter.layers
+
+
 def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     """`adapter_model.safetensors`: float32 CPU tensors, the adapter's own where it lies there."""
     return {name: tensor.detach().cpu() for name, tensor in adapter.parameters().items()}
@@ -182,11 +216,27 @@ def peft_config(adapter: LoraAdapter, *, base_model: str) -> dict[str, Any]:
     )
 
 
+def read_peft_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration of a directory that PEFT, or we, saved.
+
+    InvalidArgument names the file that is missing or damaged.
+    """
+    try:
+        tensors = load_file(directory / ADAPTER_FILE)
+        config = json.loads((directory / ADAPTER_CONFIG_FILE).read_bytes())
+    except FileNotFoundError as exc:
+        raise InvalidArgument(
+            f"{directory} is no PEFT directory: {Path(exc.filename or '').name} is missing",
+            hint=f"it must hold {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}",
+        ) from exc
+    except (ValueError, SafetensorError) as exc:
+        raise InvalidArgument(f"the adapter in {directory} cannot be read: {exc}") from exc
+    return tensors, config
+
+
 def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraAdapter:
     """The adapter of a PEFT directory. Copies, so the caller's buffers stay its own."""
-    for option in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save"):
-        if config.get(option):
-            raise Unsupported(f"adapters with {option} are not supported", field=option)
+    _refuse_other_adapters(config)
     layers = {
         path: LowRank(
             a=_factor(tensors, path, "A").to(torch.float32, copy=True),
@@ -196,7 +246,38 @@ def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
     }
     if not layers:
         raise InvalidArgument("the adapter holds no lora_A and lora_B tensors")
+    known = {f"{PREFIX}{path}.lora_{letter}.weight" for path in layers for letter in "AB"}
+    if surplus := sorted(tensors.keys() - known):
+        raise Unsupported(
+            f"the adapter holds {surplus[0]!r}, which is neither lora_A nor lora_B of a linear layer"
+        )
     return LoraAdapter(int(config["r"]), float(config["lora_alpha"]), layers)
+
+
+_OTHER_ADAPTERS = (
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
+"""Options of PEFT under which lora_A and lora_B mean something else, or are not all there is."""
+
+
+def _refuse_other_adapters(config: Mapping[str, Any]) -> None:
+    if config.get("peft_type", "LORA") != "LORA":
+        raise Unsupported(
+            f"adapters of type {config['peft_type']} are not supported", hint="use LORA"
+        )
+    if config.get("bias", "none") != "none":
+        raise Unsupported(f"adapters with bias {config['bias']!r} are not supported", field="bias")
+    for option in _OTHER_ADAPTERS:
+        if config.get(option):
+            raise Unsupported(f"adapters with {option} are not supported", field=option)
 
 
 def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:

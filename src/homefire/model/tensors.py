@@ -63,13 +63,14 @@ def serving_tensors(model: LoadedModel) -> dict[str, Tensor]:
     }
 
 
-def memory_digest(model: LoadedModel) -> str:
+def memory_digest(model: LoadedModel, beside: Tensors | None = None) -> str:
     """The digest of the weights as they lie in memory; a manifest of the same weights has the same.
 
-    Float32 compute weights are rounded back, which is exact since they hold serving values.
+    `beside` is what is kept outside the module. Float32 compute weights are rounded back, which is
+    exact since they hold serving values.
     """
     tensors = {name: raw(tensor) for name, tensor in serving_tensors(model).items()}
-    return whole_digest(digest_tensors(tensors))
+    return whole_digest(digest_tensors(tensors | dict(beside or {})))
 
 
 @torch.no_grad()

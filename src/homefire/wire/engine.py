@@ -35,6 +35,10 @@ Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 
+MERGED_BASE = "merged_base"
+"""The checkpoint type that folds an adapter into its base model."""
+
+
 class SlotKind(StrEnum):
     """What a slot holds."""
 
@@ -46,6 +50,15 @@ class SlotKind(StrEnum):
     """The frozen base itself: forward passes only."""
 
 
+class LoraInit(StrEnum):
+    """How a fresh adapter's A begins; B is always zero. The values are the protocol's."""
+
+    KAIMING = "kaiming"
+    """Uniform in +-1 / sqrt(inputs), as PEFT does."""
+    NORA = "nora"
+    """The same, then each input's column has norm 1 over the rank."""
+
+
 class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     alpha: float = 32.0
@@ -53,6 +66,7 @@ class LoraSpec(msgspec.Struct, frozen=True, kw_only=True):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    init: LoraInit = LoraInit.KAIMING
 
 
 class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,8 +196,8 @@ class DiscardGradients(msgspec.Struct, frozen=True, tag=True):
 class SaveSampler(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Writes a sampler snapshot to the store and commits it.
 
-    `base` and `delta` for full slots; a LoRA slot always writes its adapter. A delta's parent is the
-    slot's last committed snapshot; without one a base is written and the reply says so. Saving an
+    `base` and `delta` for full slots; a LoRA slot writes its adapter, or with `merged_base` a whole
+    model with the adapter folded in, which is nobody's parent. A delta's parent is the slot's last committed snapshot; without one a base is written and the reply says so. Saving an
     existing identity again succeeds when the weights have the same digest, else DuplicateCheckpoint.
     """
 

@@ -43,6 +43,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
     rank: int = 32
     alpha: float | None = None
     seed: int | None = None
+    init_method: str | None = None
     train_unembed: bool | None = None
     train_mlp: bool | None = None
     train_attn: bool | None = None
@@ -60,6 +61,7 @@ class CreateModel(msgspec.Struct, frozen=True):
     lora_config: LoraConfig | None = None
     optimizer_config: OptimizerConfig | None = None
     base_only: bool | None = None
+    projection_head_dim: int | None = None
 
 
 class ModelRef(msgspec.Struct, frozen=True):
@@ -106,6 +108,7 @@ class SaveWeightsForSampler(msgspec.Struct, frozen=True):
     sampling_session_seq_id: int | None = None
     kind: str | None = None
     checkpoint_type: str | None = None
+    export_precision: str | None = None
     ttl_seconds: int | None = None
     user_metadata: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ from homefire.model.lora import (
     target_paths,
 )
 from homefire.model.packed import packed_hidden, target_logprobs
+from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
 
 ALL = {"train_attn": True, "train_mlp": True, "train_unembed": True}
@@ -51,6 +52,15 @@ def test_an_unmerged_adapter_equals_the_merged_weights(tiny, trained):
     hidden = packed_hidden(tiny, tokens, [10, 14])
     merged = target_logprobs(hidden, tiny.head_weight, tokens.roll(-1))
     torch.testing.assert_close(ours, merged, atol=1e-5, rtol=0)
+
+
+def test_a_nora_adapter_has_columns_of_norm_one_and_kaiming_has_bounded_elements(tiny):
+    kaiming, nora = (new_adapter(tiny, rank=4, seed=1, init=init) for init in LoraInit)
+    for path, layer in nora.layers.items():
+        torch.testing.assert_close(layer.a.norm(dim=0), torch.ones(layer.a.shape[1]))
+        other = kaiming.layers[path].a
+        assert float(other.abs().max()) <= other.shape[1] ** -0.5
+        torch.testing.assert_close(layer.a, other / other.norm(dim=0))
 
 
 def test_a_fresh_adapter_changes_nothing(tiny):

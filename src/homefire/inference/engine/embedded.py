@@ -31,7 +31,7 @@ from homefire.model.tensors import (
 )
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.manifest import CheckpointKind, whole_digest
-from homefire.wire.tensors import digest_tensors
+from homefire.wire.tensors import RawTensor, digest_tensors
 
 
 class EmbeddedNetwork:
@@ -114,11 +114,13 @@ class EmbeddedNetwork:
     def install(self, weights: WeightSet) -> str:
         if weights.kind is CheckpointKind.LORA:
             return self._install_adapter(weights)
-        load_serving_tensors(self._model, weights.tensors)
+        tensors = dict(weights.tensors)
+        own_head = self._head.take_own(tensors)
+        load_serving_tensors(self._model, tensors)
         self._installed = None
         self._is_base = weights.served.identity is None
-        self._head.refresh()
-        return memory_digest(self._model)
+        self._head.refresh(own_head)
+        return memory_digest(self._model, self._head.own_tensors())
 
     def add_adapter(self, weights: WeightSet) -> str:
         adapter = self._read_adapter(weights)
@@ -180,21 +182,50 @@ class EmbeddedNetwork:
 
 
 class _Head:
-    """The lm_head, stored by column. A tied head gets a copy: looking up embeddings wants rows."""
+    """The lm_head, stored by column. A tied head gets a copy: looking up embeddings wants rows.
+
+    So a snapshot whose head is not tied (an adapter of the head was merged) needs no other module:
+    its head becomes the copy.
+    """
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
+        self._name = f"{model.head_path}.weight"
         self._copy: Tensor | None = None
+        self._is_own = False
         self.refresh()
+
+    def take_own(self, tensors: dict[str, RawTensor]) -> Tensor | None:
+        """Removes the head of an untied snapshot of a tied model; None where there is none."""
+        if self._name not in self._model.tied or self._name not in tensors:
+            return None
+        own, weight = from_raw(tensors.pop(self._name)), self._model.head_weight
+        if own.dtype != self._model.serving_dtype or own.shape != weight.shape:
+            raise InvalidArgument(
+                f"{self._name!r} is {own.dtype} {list(own.shape)}, the model has"
+                f" {self._model.serving_dtype} {list(weight.shape)}",
+                hint="it belongs to another base model or serving dtype",
+            )
+        return own
+
+    def own_tensors(self) -> dict[str, RawTensor]:
+        """What is in memory of a head that is not tied, in the serving dtype."""
+        if not self._is_own or self._copy is None:
+            return {}
+        return {self._name: raw(self._copy.to(self._model.serving_dtype))}
 
     def __call__(self, hidden: Tensor) -> Tensor:
         weight = self._model.head_weight if self._copy is None else self._copy
         return F.linear(hidden, weight)
 
-    def refresh(self) -> None:
+    def refresh(self, own: Tensor | None = None) -> None:
         """After every change of the weights: a stale tied head would be wrong without any error."""
+        weight = self._model.head_weight
+        self._is_own = own is not None
+        if own is not None:
+            weight = own.to(weight.device, weight.dtype)
         if self._model.tied:
-            self._copy = _by_column(self._model.head_weight)
+            self._copy = _by_column(weight)
 
 
 def _store_by_column(model: LoadedModel) -> None:

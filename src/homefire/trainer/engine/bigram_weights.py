@@ -18,11 +18,13 @@ from homefire.trainer.engine.network import (
     Float32,
     GradientOf,
     Ints,
+    MergedWeights,
     PackedTargets,
     PackedTokens,
     WeightFiles,
+    nothing_to_merge,
 )
-from homefire.wire.engine import AdamParams, Array, GradNormMetrics, LoraSpec
+from homefire.wire.engine import AdamParams, Array, GradNormMetrics, LoraInit, LoraSpec
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
@@ -135,6 +137,9 @@ class BigramTrained(ABC):
     def serving(self) -> dict[str, RawTensor]: ...
 
     @abstractmethod
+    def merged(self) -> MergedWeights: ...
+
+    @abstractmethod
     def adapter_config(self) -> dict[str, Any] | None: ...
 
     @abstractmethod
@@ -161,6 +166,9 @@ class BigramFull(BigramTrained):
     def serving(self) -> dict[str, RawTensor]:
         return {bigram.TENSOR: bigram.to_raw(self._masters[bigram.TENSOR])}
 
+    def merged(self) -> MergedWeights:
+        raise nothing_to_merge()
+
     def adapter_config(self) -> None:
         return None
 
@@ -177,6 +185,8 @@ class BigramLora(BigramTrained):
     def __init__(self, base: Float32, spec: LoraSpec, base_model: str) -> None:
         generator = np.random.Generator(np.random.PCG64(spec.seed or 0))
         a = generator.uniform(-1, 1, (spec.rank, len(base))) / math.sqrt(len(base))
+        if spec.init is LoraInit.NORA:
+            a /= np.linalg.norm(a, axis=0, keepdims=True)
         b = np.zeros((len(base), spec.rank), np.float32)
         super().__init__({bigram.LORA_A: a.astype(np.float32), bigram.LORA_B: b})
         self._base = base
@@ -186,6 +196,10 @@ class BigramLora(BigramTrained):
 
     def serving(self) -> dict[str, RawTensor]:
         return _raw({name: master.copy() for name, master in self._masters.items()})
+
+    def merged(self) -> MergedWeights:
+        update = self._masters[bigram.LORA_A].T @ self._masters[bigram.LORA_B].T
+        return MergedWeights({bigram.TENSOR: bigram.to_raw(self._base + self._scaling * update)})
 
     def adapter_config(self) -> dict[str, Any]:
         return {

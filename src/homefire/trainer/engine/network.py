@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homefire.wire.engine import AdamParams, GradNormMetrics, LoraSpec
+from homefire.wire.errors import InvalidArgument
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
@@ -53,6 +54,15 @@ class WeightFiles:
     """First and second moments (`first:<name>`, `second:<name>`), and `updates` int64 [1]."""
     gradient: Tensors = field(default_factory=dict[str, RawTensor])
     """The accumulated gradient; empty when there is none."""
+
+
+@dataclass(frozen=True)
+class MergedWeights:
+    """A base model with an adapter folded in: fresh tensors in the serving dtype."""
+
+    tensors: dict[str, RawTensor]
+    config_changes: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Fields of config.json that must differ from the base model's."""
 
 
 class FrozenWeights(Protocol):
@@ -129,6 +139,10 @@ class TrainableWeights(FrozenWeights, Protocol):
         """`adapter_config.json` of an adapter; None when `serving` is a whole model."""
         ...
 
+    def merged(self) -> MergedWeights:
+        """The base model with the adapter folded in; `nothing_to_merge` where there is none."""
+        ...
+
     def files(self) -> WeightFiles: ...
 
     def check_fits(self, masters: Tensors) -> None:
@@ -170,3 +184,12 @@ class Network(Protocol):
         ...
 
     def close(self, weights: TrainableWeights) -> None: ...
+
+
+def nothing_to_merge() -> InvalidArgument:
+    return InvalidArgument(
+        "checkpoint_type 'merged_base' folds an adapter into its base; this model trains all"
+        " parameters",
+        hint="use base or delta",
+        field="checkpoint_type",
+    )

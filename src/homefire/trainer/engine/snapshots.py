@@ -22,8 +22,10 @@ from homefire.checkpoints import (
 )
 from homefire.checkpoints.lineage import MAX_CHAIN
 from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.network import MergedWeights
 from homefire.trainer.engine.slots import Committed, Slot
 from homefire.wire.engine import (
+    MERGED_BASE,
     ExternalSaved,
     LoraSpec,
     SamplerSaved,
@@ -37,7 +39,6 @@ from homefire.wire.errors import (
     InvalidArgument,
     ReplayDivergence,
     UnknownSnapshot,
-    Unsupported,
 )
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def save_sampler(bucket: Bucket, slot: Slot, request: SaveSampler) -> SamplerSav
     """Writes and commits the slot's serving weights, and makes them the parent of the next delta."""
     _check_type(request.checkpoint_type)
     trained = slot.trainable()
+    if request.checkpoint_type == MERGED_BASE:
+        return _save_merged(bucket, slot, trained.merged(), request)
     key = bucket.key(slot.name, CheckpointFamily.SAMPLER, request.identity)
     serving = trained.serving()
     if bucket.store.exists(key):
@@ -80,10 +83,30 @@ def save_external(bucket: Bucket, slot: Slot, request: SaveExternal) -> External
     )
 
 
+def _save_merged(
+    bucket: Bucket, slot: Slot, merged: MergedWeights, request: SaveSampler
+) -> SamplerSaved:
+    """A whole model beside the slot's own snapshots: nothing is ever a delta of it."""
+    key = bucket.key(slot.name, CheckpointFamily.SAMPLER, request.identity)
+    if bucket.store.exists(key):
+        return _saved(_same_again(bucket.store.manifest(key), merged.tensors), "saved before")
+    info = bucket.info(step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds)
+    manifest = write_base(
+        bucket.store,
+        key,
+        merged.tensors,
+        info,
+        model_files=bucket.model_dir,
+        config_changes=merged.config_changes,
+    )
+    return _saved(manifest, "the adapter was merged into the base model")
+
+
 def adopt_snapshot(bucket: Bucket, slot: Slot, identity: str) -> SamplerSaved:
     """Takes a committed snapshot for the slot's own, after proving that it is."""
     manifest = bucket.store.manifest(bucket.key(slot.name, CheckpointFamily.SAMPLER, identity))
-    serving = slot.weights.serving()
+    is_merged = slot.lora is not None and manifest.kind is CheckpointKind.BASE
+    serving = slot.trainable().merged().tensors if is_merged else slot.weights.serving()
     digest = whole_digest(digest_tensors(serving))
     if digest != manifest.digest:
         raise ReplayDivergence(
@@ -91,7 +114,8 @@ def adopt_snapshot(bucket: Bucket, slot: Slot, identity: str) -> SamplerSaved:
             f" the replayed weights have {digest[:16]}",
             hint="the replayed run is not the one that saved it",
         )
-    slot.committed = Committed(manifest, serving)
+    if not is_merged:
+        slot.committed = Committed(manifest, serving)
     return _saved(manifest, "adopted")
 
 
@@ -107,16 +131,10 @@ def lora_manifest(spec: LoraSpec) -> LoraManifest:
 
 
 def _check_type(checkpoint_type: str) -> None:
-    if checkpoint_type == "merged_base":
-        raise Unsupported(
-            "checkpoint_type 'merged_base' is not supported yet",
-            hint="save the adapter; deployments load it on the base model",
-            field="checkpoint_type",
-        )
-    if checkpoint_type not in ("base", "delta"):
+    if checkpoint_type not in ("base", "delta", MERGED_BASE):
         raise InvalidArgument(
             f"checkpoint_type {checkpoint_type!r} is unknown",
-            hint="use base or delta",
+            hint=f"use base, delta or {MERGED_BASE}",
             field="checkpoint_type",
         )
 

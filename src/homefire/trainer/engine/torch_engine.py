@@ -84,6 +84,7 @@ class TorchNetwork:
             train_attn=spec.train_attn,
             train_mlp=spec.train_mlp,
             train_unembed=spec.train_unembed,
+            init=spec.init,
         )
         return self._opened(LoraWeights(self._residence, adapter, self._base_model))
 

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from homefire.model.loading import LoadedModel, load_model
-from homefire.model.lora import LoraAdapter, applied, head_update, peft_config
+from homefire.model.lora import (
+    LoraAdapter,
+    applied,
+    head_update,
+    merged_tensors,
+    peft_config,
+    unties_head,
+)
 from homefire.model.packed import likeliest_tokens, packed_hidden, target_logprobs
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
 from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
@@ -27,12 +34,14 @@ from homefire.trainer.engine.network import (
     Float32,
     GradientOf,
     Ints,
+    MergedWeights,
     PackedTargets,
     PackedTokens,
     WeightFiles,
+    nothing_to_merge,
 )
 from homefire.wire.engine import AdamParams, GradNormMetrics
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
 
@@ -238,6 +247,9 @@ class TrainedWeights(ABC):
     def serving(self) -> dict[str, RawTensor]: ...
 
     @abstractmethod
+    def merged(self) -> MergedWeights: ...
+
+    @abstractmethod
     def adapter_config(self) -> dict[str, Any] | None: ...
 
 
@@ -265,6 +277,9 @@ class FullWeights(TrainedWeights):
         self._settle()
         return _raw(serving_tensors(self._model))
 
+    def merged(self) -> MergedWeights:
+        raise nothing_to_merge()
+
     def adapter_config(self) -> None:
         return None
 
@@ -290,6 +305,20 @@ class LoraWeights(TrainedWeights):
 
     def serving(self) -> dict[str, RawTensor]:
         return _raw({name: master.detach().clone() for name, master in self._masters.items()})
+
+    def merged(self) -> MergedWeights:
+        self._settle()
+        tensors = _raw(merged_tensors(self._model, self._lora))
+        if not unties_head(self._model, self._lora):
+            return MergedWeights(tensors)
+        if self._model.module.config.get_text_config() is not self._model.module.config:
+            raise Unsupported(
+                "merging an adapter of the output layer into a model whose text configuration is"
+                " nested is not supported: its embeddings would stay tied",
+                hint="train with train_unembed false",
+                field="checkpoint_type",
+            )
+        return MergedWeights(tensors, {"tie_word_embeddings": False})
 
     def adapter_config(self) -> dict[str, Any]:
         return peft_config(self._lora, base_model=self._base_model)

@@ -21,6 +21,7 @@ def plan_creation(request: CreateModel, spec: TrainerSpec, policy: SlotPolicy) -
     """Raises UnknownModel, InvalidArgument or Unsupported; nothing is fenced then."""
     policy.check_base_model(request.base_model)
     _check_optimizer(request.optimizer_config)
+    _check_projection(request.projection_head_dim)
     metadata = text_metadata(request.user_metadata)
     base_only = request.base_only or metadata.get(BASE_ONLY_KEY, "").lower() == "true"
     reference = base_only or spec.mode is TrainerMode.FORWARD_ONLY
@@ -67,6 +68,15 @@ def _check_optimizer(config: OptimizerConfig | None) -> None:
             f"optimizer {config.type!r} is not supported",
             hint="use adamw",
             field="optimizer_config",
+        )
+
+
+def _check_projection(head_dim: int | None) -> None:
+    if head_dim:
+        raise Unsupported(
+            f"projection_head_dim {head_dim}: models have no projection head here",
+            hint="use embeddings and project in your own loss",
+            field="projection_head_dim",
         )
 
 

@@ -11,6 +11,7 @@ from homefire.trainer.front.operations import (
     refuse,
     text_metadata,
 )
+from homefire.wire.engine import MERGED_BASE
 from homefire.wire.errors import HomefireError, InvalidArgument, Unsupported
 from homefire.wire.pooled import SamplingSession
 from homefire.wire.tinker import SaveWeights, SaveWeightsExternal, SaveWeightsForSampler
@@ -18,7 +19,9 @@ from homefire.wire.tinker import SaveWeights, SaveWeightsExternal, SaveWeightsFo
 SAMPLER_TYPE_KEY = "homefire.checkpoint_type"
 EPHEMERAL_TTL_S = 24 * 3600
 """Of a snapshot that was saved for its sampling session alone, unless the client says otherwise."""
-_SAMPLER_TYPES = frozenset({"base", "delta"})
+_SAMPLER_TYPES = frozenset({"base", "delta", MERGED_BASE})
+_EXPORT_PRECISIONS = ("source", "bf16")
+"""Both are the serving dtype, which a base model is rounded to when it is loaded."""
 _SAMPLING_CLIENT_KINDS = frozenset({"snapshot", "inflight"})
 """An inflight client may get newer weights than those it was made with; ours never do."""
 
@@ -67,12 +70,13 @@ def save_snapshot(
 def _named_snapshot(request: SaveWeightsForSampler, name: str) -> SaveSnapshot:
     """The type is the request's, else what our SDK puts into the metadata, else base.
 
-    An adapter is always written whole, whatever the type.
+    An adapter is always written whole, unless it is merged into its base.
     """
     metadata = text_metadata(request.user_metadata or request.metadata)
     asked = request.checkpoint_type or metadata.pop(SAMPLER_TYPE_KEY, None) or "base"
     if asked not in _SAMPLER_TYPES:
         raise _unknown_type(asked)
+    _check_precision(request.export_precision, asked)
     return SaveSnapshot(
         name=name,
         checkpoint_type=asked,
@@ -122,12 +126,26 @@ def _checked_ttl(ttl_seconds: int | None) -> int | None:
 
 
 def _unknown_type(asked: str) -> HomefireError:
-    if asked == "merged_base":
-        return Unsupported(
-            "checkpoint_type 'merged_base' is not supported",
-            hint="save the adapter and promote it",
-            field="checkpoint_type",
-        )
     return InvalidArgument(
-        f"checkpoint_type {asked!r} is unknown", hint="use base or delta", field="checkpoint_type"
+        f"checkpoint_type {asked!r} is unknown",
+        hint=f"use base, delta or {MERGED_BASE}",
+        field="checkpoint_type",
     )
+
+
+def _check_precision(precision: str | None, checkpoint_type: str) -> None:
+    if precision is None:
+        return
+    field = "export_precision"
+    if checkpoint_type != MERGED_BASE:
+        raise InvalidArgument(
+            f"export_precision goes with checkpoint_type {MERGED_BASE!r}, not {checkpoint_type!r}",
+            hint="leave it out",
+            field=field,
+        )
+    if precision not in _EXPORT_PRECISIONS:
+        raise Unsupported(
+            f"export_precision {precision!r} is not supported",
+            hint=f"use {' or '.join(_EXPORT_PRECISIONS)}",
+            field=field,
+        )

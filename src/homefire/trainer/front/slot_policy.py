@@ -16,7 +16,7 @@ from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, checkpoint_path
 from homefire.trainer.front.operations import UnloadHandle
 from homefire.trainer.front.records import Handle
 from homefire.trainer.front.sessions import Ledger
-from homefire.wire.engine import LoraSpec, SlotKind
+from homefire.wire.engine import LoraInit, LoraSpec, SlotKind
 from homefire.wire.errors import (
     InvalidArgument,
     NotFound,
@@ -208,7 +208,19 @@ def adapter_of(config: LoraConfig, *, max_rank: int, default_seed: int) -> LoraS
         train_attn=config.train_attn is not False,
         train_mlp=config.train_mlp is not False,
         train_unembed=config.train_unembed is not False,
+        init=_init_of(config),
     )
+
+
+def _init_of(config: LoraConfig) -> LoraInit:
+    try:
+        return LoraInit(config.init_method or LoraInit.KAIMING)
+    except ValueError as exc:
+        raise InvalidArgument(
+            f"lora_config.init_method {config.init_method!r} is unknown",
+            hint=f"use {' or '.join(LoraInit)}",
+            field="lora_config.init_method",
+        ) from exc
 
 
 def rank_mismatch(asked: int, what: str) -> InvalidArgument:

@@ -14,7 +14,6 @@ from homefire.wire.errors import (
     ReplayDivergence,
     SizeCapExceeded,
     UnknownSnapshot,
-    Unsupported,
 )
 
 
@@ -116,15 +115,30 @@ def test_an_adapter_is_written_whole_every_time(make_trainer, tmp_path):
     assert (directory / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_is_merged_into_a_whole_model_that_nothing_is_a_delta_of(make_trainer):
+    trainer = make_trainer().open(SlotKind.LORA).train(0)
+    adapter = trainer.save("adapter", "base")
+    merged = trainer.save("merged", "merged_base")
+    assert (merged.kind, merged.parent) == ("base", None)
+    assert trainer.save("merged", "merged_base").note == "saved before"
+    assert trainer.engine.adopt_snapshot(AdoptSnapshot("policy", "merged")).digest == merged.digest
+    assert trainer.save("again", "delta").digest == adapter.digest
+    trainer.train(1)
+    with pytest.raises(DuplicateCheckpoint, match="merged"):
+        trainer.save("merged", "merged_base")
+    with pytest.raises(ReplayDivergence):
+        trainer.engine.adopt_snapshot(AdoptSnapshot("policy", "merged"))
+
+
 def test_unknown_types_names_and_slots_without_weights_are_refused(make_trainer):
     trainer = make_trainer().open(SlotKind.REFERENCE)
     with pytest.raises(FailedPrecondition, match="frozen reference"):
         trainer.save("one")
     with pytest.raises(InvalidArgument, match="checkpoint_type"):
         trainer.save("one", "half")
-    with pytest.raises(Unsupported, match="merged_base"):
-        trainer.save("one", "merged_base")
     full = make_trainer().open()
+    with pytest.raises(InvalidArgument, match="merged_base"):
+        full.save("one", "merged_base")
     with pytest.raises(InvalidArgument, match="path"):
         full.save("../one")
 

@@ -65,6 +65,28 @@ def test_a_forward_only_job_gives_references_only(plan: Callable[..., CreateHand
     assert plan(mode=TrainerMode.FORWARD_ONLY).slot == "reference"
 
 
+@pytest.mark.parametrize(
+    ("asked", "init"), [(None, "kaiming"), ("kaiming", "kaiming"), ("nora", "nora")]
+)
+def test_an_adapter_begins_as_its_init_method_says(
+    plan: Callable[..., CreateHandle], asked: str | None, init: str
+) -> None:
+    created = plan(mode=TrainerMode.LORA, lora=LoraConfig(rank=8, init_method=asked))
+    assert created.lora is not None
+    assert created.lora.init == init
+
+
+def test_an_unknown_init_method_names_the_known_ones(plan: Callable[..., CreateHandle]) -> None:
+    with pytest.raises(InvalidArgument, match=r"'pissa' is unknown.*kaiming or nora"):
+        plan(mode=TrainerMode.LORA, lora=LoraConfig(rank=8, init_method="pissa"))
+
+
+def test_a_projection_head_is_refused_by_name(plan: Callable[..., CreateHandle]) -> None:
+    with pytest.raises(Unsupported, match="projection_head_dim 64"):
+        plan(projection_head_dim=64)
+    assert plan(projection_head_dim=0).slot == "policy"
+
+
 def test_the_first_adapter_is_fixed_and_seeded_the_same_each_time(
     plan: Callable[..., CreateHandle],
 ) -> None:

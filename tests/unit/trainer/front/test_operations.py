@@ -82,6 +82,9 @@ def test_an_unknown_optimizer_or_normalization_keeps_its_place_and_fails_there(
         ('"user_metadata":{"homefire.checkpoint_type":"delta","a":1}', "delta"),
         ('"checkpoint_type":"base","user_metadata":{"homefire.checkpoint_type":"delta"}', "base"),
         ('"kind":"snapshot"', "base"),
+        ('"checkpoint_type":"merged_base"', "merged_base"),
+        ('"checkpoint_type":"merged_base","export_precision":"source"', "merged_base"),
+        ('"checkpoint_type":"merged_base","export_precision":"bf16"', "merged_base"),
     ],
 )
 def test_the_checkpoint_type_is_the_requests_then_the_metadatas_then_base(
@@ -92,6 +95,25 @@ def test_the_checkpoint_type_is_the_requests_then_the_metadatas_then_base(
     operation = save_snapshot(decoded, sampler="", session_id="s", run="policy")
     assert isinstance(operation, SaveSnapshot)
     assert operation.checkpoint_type == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "named"),
+    [
+        ('"checkpoint_type":"merged_base","export_precision":"nvfp4"', "unsupported", "nvfp4"),
+        ('"export_precision":"bf16"', "invalid_argument", "goes with checkpoint_type"),
+        ('"checkpoint_type":"half"', "invalid_argument", "half"),
+    ],
+)
+def test_a_type_or_precision_that_is_not_written_is_refused_by_name(
+    body: str, code: str, named: str
+) -> None:
+    request = '{"model_id":"m","seq_id":1,"path":"s",' + body + "}"
+    decoded = msgspec.json.decode(request, type=SaveWeightsForSampler)
+    refused = save_snapshot(decoded, sampler="", session_id="s", run="policy")
+    assert isinstance(refused, Refused)
+    assert refused.error.code == code
+    assert named in refused.error.message
 
 
 def test_the_digest_does_not_depend_on_the_order_in_which_fields_came() -> None:

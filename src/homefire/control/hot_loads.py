@@ -147,7 +147,7 @@ class HotLoads:
             location.account, location.job, location.slot, CheckpointFamily.SAMPLER, identity
         )
         if self.store.exists(key):
-            return self.store.manifest(key).digest
+            return self.store.loadable(key).digest
         state = CheckpointKey(
             location.account, location.job, location.slot, CheckpointFamily.STATE, identity
         )
@@ -157,7 +157,7 @@ class HotLoads:
                 hint="save it with save_weights_for_sampler",
                 field="identity",
             )
-        return self.store.manifest(key).digest
+        return self.store.loadable(key).digest
 
 
 def hot_load_status(deployment: DeploymentRow, seen: Mapping[int, SeenReplica]) -> HotLoadStatus:

@@ -163,7 +163,7 @@ class Promotions:
                 hint="save it with save_weights_for_sampler and promote that",
                 field="checkpoint",
             )
-        return self._store.manifest(sampler)
+        return self._store.loadable(sampler)
 
     def _insert(
         self, connection: sqlite3.Connection, account: str, model_id: str, source: PromotionSource

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from homefire.checkpoints import CheckpointKey
 from homefire.foundation.events import EventLog
 from homefire.wire.internal import HotLoadRequest, HotLoadStage, SnapshotLocation
 
@@ -346,3 +347,17 @@ async def test_weights_of_another_job_under_the_same_name_are_loaded_over(
     (shown,) = (await held)["replicas"]
     assert shown["readiness"]
     assert shown["current_snapshot_identity"] == "step_1"
+
+
+async def test_a_snapshot_that_has_expired_is_not_loaded_and_one_that_is_served_goes_on(
+    bench: Any, serving: Any
+) -> None:
+    await load(serving, "step_1")
+    for manifest in bench.store.list("local", "j1"):
+        bench.store.expire_at(CheckpointKey.of(manifest), bench.clock.now())
+    bench.clock.advance(3600.0)
+    refused = await load(serving, "step_2", expect=400)
+    assert "has expired" in refused["error"]["message"]
+    assert (await status(serving))["replicas"][0]["current_snapshot_identity"] == "step_1"
+    pruned = await serving.plane.deletion.prune()
+    assert [key.name for key in pruned] == ["step_2"]

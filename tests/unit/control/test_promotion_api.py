@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from homefire.checkpoints import PromoteSpec, ensure_tiny
+from homefire.checkpoints import CheckpointKey, PromoteSpec, ensure_tiny
 from homefire.checkpoints.promote import run_worker
 
 JOB = "accounts/local/rlorTrainerJobs/j1"
@@ -221,3 +221,11 @@ async def test_models_are_the_built_in_ones_aliases_and_promoted_ones(bench: Any
     await control.call("GET", "/v1/accounts/fireworks/models/other", expect=404)
     refused = await control.call("DELETE", "/v1/accounts/local/models/tiny", expect=400)
     assert "was not promoted here" in refused["message"]
+
+
+async def test_a_snapshot_that_has_expired_is_not_promoted(bench: Any, control: Any) -> None:
+    await control.create_job()
+    manifest = bench.save_snapshot("step_1")
+    bench.store.expire_at(CheckpointKey.of(manifest), bench.clock.now())
+    refused = await promote(control, "step_1", expect=400)
+    assert "has expired" in refused["error"]["message"]

@@ -24,6 +24,7 @@ from homefire.trainer.front.future_calls import FutureCalls, off_loop, promise
 from homefire.trainer.front.operations import (
     LoadTrainState,
     OperationKind,
+    Refused,
     refuse,
     run_pass,
     step_optimizer,
@@ -38,6 +39,7 @@ from homefire.wire.errors import (
     InvalidArgument,
     NotFound,
     Unavailable,
+    UnknownSnapshot,
     Unsupported,
 )
 from homefire.wire.ids import model_id
@@ -264,13 +266,34 @@ class TrainerApi:
     async def load_weights(self, request: Request) -> Response:
         body = await read_json(request, tinker.LoadWeights)
         if body.model_id is not None:
-            operation = LoadTrainState(body.path, bool(body.optimizer))
+            operation = await self._load(body.model_id, body)
             return await self._submit(request, body.model_id, body.seq_id, operation)
         if body.session_id is None or body.model_seq_id is None:
             raise InvalidArgument(
                 "load_weights names no model", hint="send model_id, or session_id and model_seq_id"
             )
         return await self._create_from_state(body)
+
+    async def _load(self, model: str, body: tinker.LoadWeights) -> LoadTrainState | Refused:
+        """What has expired is refused here: a replay loads it again, then expired or not. What is
+        not there may be on its way, in a save that is still queued."""
+        slot, store = self._admission.handle(model).slot, self._front.store
+
+        def expired() -> HomefireError | None:
+            try:
+                key = find_state(store, body.path, spec=self._spec, slot=slot)
+            except HomefireError:
+                return None
+            try:
+                store.loadable(key)
+            except UnknownSnapshot as error:
+                return error
+            return None
+
+        error = await asyncio.to_thread(expired)
+        if error is not None:
+            return refuse(OperationKind.LOAD_WEIGHTS, error)
+        return LoadTrainState(body.path, bool(body.optimizer))
 
     async def _create_from_state(self, body: tinker.LoadWeights) -> Response:
         session, policy = body.session_id or "", self._front.policy

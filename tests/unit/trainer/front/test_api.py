@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from homefire.foundation.clock import ManualClock
 from homefire.trainer.front import admission
 from homefire.wire import tinker_public_pb2 as pb
 from homefire.wire.engine import ForwardBackward, OptimStep
@@ -255,6 +256,26 @@ async def test_a_model_is_created_from_a_state(start_front) -> None:
         assert failed["error_class"] == "unknown_snapshot"
         live = await client.result(await client.forward(result["model_id"], 1))
         assert "error" not in live, "a failed creation must not fence the live handle"
+
+
+async def test_an_expired_state_is_not_loaded_but_by_a_replay(start_front) -> None:
+    """A load that was accepted in time is repeated by a recovery after the state's end."""
+    clock = ManualClock()
+    patient = {"clock": clock, "recovery_interval_s": 1e9}
+    async with start_front(**patient, crash=True) as client:
+        model = await client.model()
+        await client.call("save_weights", model, 1, path="s", ttl_seconds=3600)
+        await client.train(model, 2, 1)
+        await client.call("load_weights", model, 4, path="s", optimizer=True)
+        digest = await client.digest()
+        clock.advance(3600.0)
+        late = await client.call("load_weights", model, 5, path="s", optimizer=True)
+        assert late["error_class"] == "unknown_snapshot"
+        assert "has expired" in late["error"]
+    async with start_front(**patient) as client:
+        await client.result(await client.forward(model, 6))
+        assert await client.digest() == digest
+        assert (await client.status()).error is None
 
 
 async def test_a_load_without_seq_runs_at_the_end_of_what_was_accepted(start_front, orders) -> None:

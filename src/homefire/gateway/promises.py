@@ -19,6 +19,7 @@ from homefire.wire.errors import InvalidArgument
 
 _NEW = "new-"
 _WAIT = "wait-"
+_CREATE = frozenset({"create_model", "load_weights"})
 LARGEST_CREATION_BYTES = 16 << 10
 """Of a request that still fits into an id; larger ones are refused with a 503 until there is room."""
 
@@ -43,9 +44,12 @@ def promised_creation(request_id: str) -> Creation | None:
     packed = promise.removeprefix(_NEW)
     try:
         content = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
-        return msgspec.msgpack.decode(content, type=Creation)
+        creation = msgspec.msgpack.decode(content, type=Creation)
+        if creation.operation not in _CREATE:
+            raise ValueError(f"{creation.operation} creates nothing")
     except (ValueError, binascii.Error, msgspec.MsgspecError) as exc:
         raise InvalidArgument(f"{request_id[:100]!r} is no request id", field="request_id") from exc
+    return creation
 
 
 def waiting_promise(sampler: str) -> str:

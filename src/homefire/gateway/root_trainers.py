@@ -114,7 +114,9 @@ class RootTrainers:
         Every poll does so again: to control and to the trainer the same model is the same model.
         """
         envelope = _decoded_envelope(creation.body)
-        await self._calls.place(_new_run(caller.account, envelope))
+        place = await self._calls.place(_new_run(caller.account, envelope))
+        if place.job != job:
+            raise InvalidArgument(f"{place.run} is not trained by {job}", field="request_id")
         upstream = (await self._trainers.current_route(caller.account, job)).upstream
         if upstream is None:
             raise UpstreamDown("its trainer has not begun yet")

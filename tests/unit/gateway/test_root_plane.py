@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import msgspec
 import pytest
 from aiohttp import web
 
+from homefire.gateway.promises import Creation, creation_promise
 from homefire.gateway.routing import Holds
 from homefire.wire.internal import NewRun, RunPlace, Wake
 from homefire.wire.pooled import SamplingSession
@@ -257,12 +259,28 @@ async def test_a_promised_model_that_its_trainer_refuses_fails(stack, scripted):
     assert "no such adapter" in failed.json()["error"]
 
 
-@pytest.mark.parametrize("request_id", [f"{POOL}.new-", f"{POOL}.new-AAAA", f"{POOL}.new-?"])
-async def test_a_promise_that_was_never_given_fails(stack, request_id):
-    await stack.trainer(POOL)
+FORGED = {
+    "empty": f"{POOL}.new-",
+    "no request": f"{POOL}.new-AAAA",
+    "no base64": f"{POOL}.new-?",
+    "another path": creation_promise(POOL, Creation("../../internal/status", b"{}")),
+    "another operation": creation_promise(POOL, Creation("optim_step", b"{}")),
+    "another job": creation_promise(
+        "pool-other", Creation("create_model", json.dumps(CREATE).encode())
+    ),
+    "no session": creation_promise(POOL, Creation("create_model", b"{}")),
+}
+
+
+@pytest.mark.parametrize("request_id", FORGED.values(), ids=FORGED)
+async def test_a_promise_that_was_never_given_fails_and_reaches_nothing(
+    stack, scripted, request_id
+):
+    trainers = [await stack.trainer(job, answer=futures) for job in (POOL, "pool-other")]
     client = await stack.start()
     answer = await client.post("/api/v1/retrieve_future", json={"request_id": request_id})
     assert (answer.status_code, answer.json()["category"]) == (200, "user")
+    assert [request for trainer in trainers for request in trainer.requests] == []
 
 
 async def test_a_request_too_large_for_a_promise_is_asked_to_come_again(stack, scripted):

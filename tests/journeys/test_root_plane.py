@@ -86,9 +86,13 @@ def pid_of(server: Any, service: str) -> int:
     return json.loads((server.home / "run" / f"{service}.json").read_text())["process"]["pid"]
 
 
-def trainer_pid(server: Any, job: str) -> int:
-    jobs = ask(server, "/v1/homefire/status")["jobs"]
-    return next(report["pid"] for report in jobs if report["name"].endswith(f"/{job}"))
+def await_end(pid: int) -> None:
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    assert select.select([ended], [], [], WAIT_S)[0], f"{pid} still runs"
+    os.close(ended)
 
 
 def test_an_adapter_trains_and_goes_on_from_its_checkpoint(server, connect):
@@ -138,6 +142,90 @@ def test_rank_zero_trains_all_parameters_in_a_job_of_its_own(server, connect):
     assert loss(copy) == loss(full)
 
 
+def logprobs(sampler: Any, text: bytes = TEXT) -> list[float]:
+    """Of each byte but the first, given those before it."""
+    prompt = tinker.ModelInput.from_ints(list(text))
+    return sampler.compute_logprobs(prompt).result(WAIT_S)[1:]
+
+
+def greedy(sampler: Any, text: bytes = TEXT) -> list[int]:
+    prompt = tinker.ModelInput.from_ints(list(text))
+    params = tinker.SamplingParams(max_tokens=8, temperature=0.0)
+    answer = sampler.sample(prompt, num_samples=1, sampling_params=params).result(WAIT_S)
+    return answer.sequences[0].tokens
+
+
+def trained_logprobs(model: Any, text: bytes = TEXT) -> list[float]:
+    output = model.forward([row(text)], "cross_entropy").result(WAIT_S).loss_fn_outputs[0]
+    return output["logprobs"].data
+
+
+def test_a_base_model_is_sampled_without_training_anything(server, connect):
+    sampler = connect().create_sampling_client(base_model="accounts/local/models/second")
+    sampler = sampler.result(WAIT_S)
+    assert len(greedy(sampler)) == 8
+    assert greedy(sampler) == greedy(sampler)
+
+
+def test_a_named_sampler_stays_at_its_checkpoint_while_training_goes_on(server, connect):
+    client = connect()
+    model = lora(client)
+    train(model)
+    expected = trained_logprobs(model)
+    path = model.save_weights_for_sampler("ckpt-1").result(WAIT_S).path
+    assert path == f"tinker://{model.model_id}/sampler_weights/ckpt-1"
+    first = client.create_sampling_client(model_path=path).result(WAIT_S)
+    assert logprobs(first) == pytest.approx(expected, abs=1e-4)
+    begun = greedy(first)
+    train(model, steps=4)
+    later = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    assert logprobs(later) == pytest.approx(trained_logprobs(model), abs=1e-4)
+    assert logprobs(later) != pytest.approx(expected, abs=1e-2)
+    assert logprobs(first) == pytest.approx(expected, abs=1e-4)
+    assert greedy(first) == begun
+
+
+def test_sampling_changes_nothing_in_the_trainer(connect):
+    client = connect()
+    model, twin = lora(client), lora(client)
+    begun = train(model)
+    sampler = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    greedy(sampler)
+    assert [*begun, *train(model)] == train(twin, steps=2)
+
+
+def test_the_weights_of_a_full_parameter_run_are_sampled(connect):
+    client = connect()
+    model = lora(client, rank=0)
+    train(model, steps=2)
+    sampler = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    assert logprobs(sampler) == pytest.approx(trained_logprobs(model), abs=1e-4)
+
+
+def test_two_tenants_sample_their_own_weights(connect):
+    one, two = lora(connect()), lora(connect())
+    train(one, TEXT, steps=3)
+    train(two, OTHER, steps=3)
+    samplers = [m.save_weights_and_get_sampling_client().result(WAIT_S) for m in (one, two)]
+    assert logprobs(samplers[0]) == pytest.approx(trained_logprobs(one), abs=1e-4)
+    assert logprobs(samplers[1]) == pytest.approx(trained_logprobs(two), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("tinker://ts-0:train:0/sampler_weights/x", "does not exist"),
+        ("tinker://MODEL/sampler_weights/missing", "has no sampler snapshot"),
+        ("tinker://MODEL/weights/missing", "training state"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_once(connect, path, words):
+    client = connect()
+    path = path.replace("MODEL", lora(client).model_id)
+    with pytest.raises(tinker.BadRequestError, match=words):
+        client.create_sampling_client(model_path=path).result(WAIT_S)
+
+
 @pytest.mark.parametrize(
     ("base_model", "rank", "words"),
     [("nonsense", 4, "available: accounts/local/models/tiny"), ("tiny", 1000, "lora_config.rank")],
@@ -180,25 +268,32 @@ def test_training_goes_on_while_a_service_is_killed(server, connect, service):
     lora(connect())
 
 
-def test_a_restarted_server_resumes_runs_where_they_were(server, connect):
+def test_a_restarted_server_resumes_runs_and_samplers_where_they_were(server, connect):
     client = connect()
     model, twin = lora(client), lora(client)
     expected = train(twin, steps=4)
     begun = train(model, steps=2)
+    sampler = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    sampled = greedy(sampler), logprobs(sampler)
     gradient = model.forward_backward([row(TEXT)], "cross_entropy").result(WAIT_S)
     server.restart()
     model.optim_step(ADAM).result(WAIT_S)
     after = [gradient.metrics["loss:sum"], *train(model)]
     assert [*begun, *after] == expected
+    assert (greedy(sampler), logprobs(sampler)) == sampled
 
 
-def test_an_idle_pool_is_parked_and_the_next_request_wakes_it_as_it_was(homefire_up, connect):
+def test_what_is_idle_is_parked_and_the_next_request_wakes_it_as_it_was(homefire_up, connect):
     server = homefire_up(engine="fake", arguments=["--pool-idle", "1"])
     client = connect(server)
     model = lora(client)
     begun = train(model)
-    job = job_of(server, model)
-    ended = os.pidfd_open(trainer_pid(server, job))
-    assert select.select([ended], [], [], WAIT_S)[0], "it was not parked"
-    os.close(ended)
+    sampler = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    sampled = logprobs(sampler)
+    report = ask(server, "/v1/homefire/status")
+    (job,), (deployment,) = report["jobs"], report["deployments"]
+    for pid in (job["pid"], deployment["replicas"][0]["pid"]):
+        if pid is not None:  # else it was parked already
+            await_end(pid)
     assert begun + train(model, steps=2) == train(lora(client), steps=3)
+    assert logprobs(sampler) == sampled

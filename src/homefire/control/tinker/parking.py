@@ -2,7 +2,8 @@
 
 In use is what works, what has work waiting, and what a live session trains in or samples from. A
 parked trainer or sampler keeps its id, its runs and its snapshots; the next request that names it
-wakes it up. While something waits for room, a minute without use is enough.
+wakes it up. While something waits for room, a minute of silence is enough, and seconds where every
+session is over.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from homefire.wire.resources import DeploymentState, JobState
 _LOOKS_PER_IDLE_TIME = 4
 CROWDED_IDLE_S = 60.0
 """Clients send a heartbeat every 10 s, so a live session is never idle for so long."""
+CROWDED_FREE_S = 4.0
+"""The same where no session is left that could come back."""
 _PARKABLE = frozenset({JobState.PENDING, JobState.RUNNING})
 
 
@@ -77,20 +80,25 @@ class Parking:
         if not self._idle_s or not (jobs or samplers):
             return False, None
         is_crowded = something_waits(world)
-        idle_s = min(self._idle_s, CROWDED_IDLE_S) if is_crowded else self._idle_s
-        look_at = self._looked_at + idle_s / _LOOKS_PER_IDLE_TIME
-        if now < look_at:
-            return False, look_at
+        patience = CROWDED_FREE_S if is_crowded else self._idle_s
+        pause_s = min(patience, self._idle_s) / _LOOKS_PER_IDLE_TIME
+        if now < self._looked_at + pause_s:
+            return False, self._looked_at + pause_s
         self._looked_at = now
-        await self._note_use(world, jobs, samplers, now=now)
-        idle_jobs = [job for job in jobs if now - self._used_at[job.id] >= idle_s]
-        idle_samplers = [row for row in samplers if now - self._used_at[row.id] >= idle_s]
+        heard = await self._note_use(world, jobs, samplers, now=now)
+
+        def is_idle(service: str) -> bool:
+            limit_s = self._limit_s(service, heard) if is_crowded else self._idle_s
+            return now - self._used_at[service] >= limit_s
+
+        idle_jobs = [job for job in jobs if is_idle(job.id)]
+        idle_samplers = [row for row in samplers if is_idle(row.id)]
         if idle_jobs or idle_samplers:
-            message = _why_parked(idle_s, is_crowded=is_crowded)
+            message = self._why_parked(is_crowded=is_crowded)
             await self._database.transact(
                 lambda c: _park(c, idle_jobs, idle_samplers, message=message, now=now)
             )
-        return bool(idle_jobs or idle_samplers), now + idle_s / _LOOKS_PER_IDLE_TIME
+        return bool(idle_jobs or idle_samplers), now + pause_s
 
     async def _note_use(
         self,
@@ -99,7 +107,8 @@ class Parking:
         samplers: Iterable[DeploymentRow],
         *,
         now: float,
-    ) -> None:
+    ) -> dict[str, float]:
+        """When the unfinished sessions of each job and sampler were last heard of."""
         await self._observations.refresh()
         since = now - self._idle_s - HEARTBEAT_ROW_S
         live = await self._database.transact(lambda c: tinker_tables.live_sessions(c, since=since))
@@ -111,6 +120,7 @@ class Parking:
             numbers = [replica.number for replica in world.replicas_of(row)]
             seen = [self._observations.replica(row, number) for number in numbers]
             self._note(row.id, replica_activity(seen), row.updated_at, heard, now=now)
+        return heard
 
     def _last_heard(self, live: Iterable[LiveSession]) -> dict[str, float]:
         """Per job and per sampler: when one of its sessions was last heard of."""
@@ -140,6 +150,16 @@ class Parking:
             self._used_at.get(service, 0.0),
         )
         self._used_at[service] = used_at
+
+    def _limit_s(self, service: str, heard: Mapping[str, float]) -> float:
+        """How long it may be idle while something waits for room."""
+        is_awaited = service in heard or job_of_sampler(service) in heard
+        return min(self._idle_s, CROWDED_IDLE_S if is_awaited else CROWDED_FREE_S)
+
+    def _why_parked(self, *, is_crowded: bool) -> str:
+        spoken = f"{self._idle_s / 60:g} min" if self._idle_s >= 60 else f"{self._idle_s:g} s"
+        why = "something waits for its room" if is_crowded else f"nobody used it for {spoken}"
+        return f"parked: {why}; the next request wakes it"
 
 
 def something_waits(world: World) -> bool:
@@ -190,9 +210,3 @@ def _park(
         if tables.configure_deployment(connection, row, config, now=now):
             to = deployment_after(row, DeploymentEvent.RESIZED)
             tables.advance_deployment(connection, row, to, message=message, now=now)
-
-
-def _why_parked(idle_s: float, *, is_crowded: bool) -> str:
-    spoken = f"{idle_s / 60:g} min" if idle_s >= 60 else f"{idle_s:g} s"
-    crowd = ", while something waits for room" if is_crowded else ""
-    return f"parked: nobody used it for {spoken}{crowd}; the next request wakes it"

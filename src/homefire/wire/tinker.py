@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from homefire.wire.engine import Array
-from homefire.wire.errors import ErrorRecord, InvalidArgument
+from homefire.wire.errors import ErrorRecord, InvalidArgument, Unsupported, UserError
 
 MAX_DENSE_ELEMENTS = 1 << 27
 """Elements that a sparse tensor may expand to; checked before anything is allocated."""
@@ -39,7 +39,9 @@ class SessionRef(msgspec.Struct, frozen=True):
     session_id: str
 
 
-class LoraConfig(msgspec.Struct, frozen=True):
+class LoraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A field that we do not know could mean other numbers, so it is refused by name."""
+
     rank: int = 32
     alpha: float | None = None
     seed: int | None = None
@@ -69,7 +71,7 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class AdamFields(msgspec.Struct, frozen=True):
-    """`adam_params`, or `optimizer_params` with a `type`."""
+    """`adam_params`, or `optimizer_params` with a `type`; see `adam_fields`."""
 
     type: str = "adamw"
     learning_rate: float | None = None
@@ -85,9 +87,33 @@ class AdamFields(msgspec.Struct, frozen=True):
 class OptimStepRequest(msgspec.Struct, frozen=True):
     model_id: str
     seq_id: int
-    adam_params: AdamFields | None = None
-    optimizer_params: AdamFields | None = None
+    adam_params: dict[str, Any] | None = None
+    optimizer_params: dict[str, Any] | None = None
     grad_accumulation_normalization: str | None = None
+
+
+def adam_fields(request: OptimStepRequest) -> AdamFields:
+    """What a step asks of AdamW. Unsupported for another optimizer, InvalidArgument for a field that
+    AdamW does not have: ignoring it would be another step than the one that was meant."""
+    where = "adam_params" if request.optimizer_params is None else "optimizer_params"
+    given = getattr(request, where) or {}
+    if (kind := given.get("type") or "adamw") != "adamw":
+        raise Unsupported(
+            f"optimizer {kind!r} is not supported", hint="use adamw", field=f"{where}.type"
+        )
+    set_fields = {name: value for name, value in given.items() if value is not None}
+    known = AdamFields.__struct_fields__
+    for name in set_fields:
+        if name not in known:
+            raise InvalidArgument(
+                f"{where} has {name!r}, which adamw does not take",
+                hint=f"it takes {', '.join(known[1:])}",
+                field=f"{where}.{name}",
+            )
+    try:
+        return msgspec.convert(set_fields, AdamFields)
+    except msgspec.ValidationError as exc:
+        raise InvalidArgument(f"{where} is invalid: {exc}", field=where) from exc
 
 
 class SaveWeights(msgspec.Struct, frozen=True):
@@ -134,6 +160,7 @@ class LoadWeights(msgspec.Struct, frozen=True):
     optimizer: bool | None = None
     user_metadata: dict[str, Any] | None = None
     optimizer_config: OptimizerConfig | None = None
+    projection_head_dim: int | None = None
 
 
 class LoadAdapter(msgspec.Struct, frozen=True):
@@ -219,8 +246,17 @@ class _Chunk(msgspec.Struct, frozen=True):
     dmel: str | None = None
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class _ModelInput(msgspec.Struct, frozen=True):
+    """What replays an expert's routing or a sampler's choices is refused: see `_check_replays`."""
+
     chunks: list[_Chunk]
+    routing_matrices: msgspec.Raw = _NULL
+    routing_references: msgspec.Raw = _NULL
+    top_sampling_references: msgspec.Raw = _NULL
+    sampling_mask_references: msgspec.Raw = _NULL
 
 
 class _Tensor(msgspec.Struct, frozen=True):
@@ -273,7 +309,7 @@ def forward_backward_pass(request: ForwardBackwardRequest) -> PassRequest:
 def _pass(given: _Input, *, forward_only: bool) -> Pass | RejectedPass:
     try:
         rows = [_row(datum, index) for index, datum in enumerate(given.data)]
-    except InvalidArgument as error:
+    except UserError as error:
         return RejectedPass(forward_only, ErrorRecord.of(error))
     return Pass(
         rows=rows,
@@ -284,6 +320,7 @@ def _pass(given: _Input, *, forward_only: bool) -> Pass | RejectedPass:
 
 
 def _row(datum: _Datum, index: int) -> Row:
+    _check_replays(datum.model_input, f"data[{index}].model_input")
     chunks = datum.model_input.chunks
     text = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
     foreign = [_foreign_type(chunk) for chunk in chunks if chunk.tokens is None]
@@ -293,6 +330,17 @@ def _row(datum: _Datum, index: int) -> Row:
         for name, tensor in datum.loss_fn_inputs.items()
     }
     return Row(token_bytes(tokens), inputs, foreign)
+
+
+def _check_replays(given: _ModelInput, where: str) -> None:
+    for name in given.__struct_fields__[1:]:
+        if bytes(getattr(given, name)) != b"null":
+            raise Unsupported(
+                f"{where}.{name} is not supported: nothing is replayed of how tokens were routed "
+                "or sampled",
+                hint="leave it out; the trainer computes the forward pass on its own",
+                field=f"{where}.{name}",
+            )
 
 
 def _foreign_type(chunk: _Chunk) -> str:

@@ -14,14 +14,13 @@ from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.ids import model_id
 from homefire.wire.manifest import Manifest
 from homefire.wire.specs import TrainerMode, TrainerSpec
-from homefire.wire.tinker import CreateModel, LoadWeights, LoraConfig, OptimizerConfig
+from homefire.wire.tinker import CreateModel, LoadWeights, LoraConfig
 
 
 def plan_creation(request: CreateModel, spec: TrainerSpec, policy: SlotPolicy) -> CreateHandle:
     """Raises UnknownModel, InvalidArgument or Unsupported; nothing is fenced then."""
     policy.check_base_model(request.base_model)
-    _check_optimizer(request.optimizer_config)
-    _check_projection(request.projection_head_dim)
+    _check_features(request)
     metadata = text_metadata(request.user_metadata)
     base_only = request.base_only or metadata.get(BASE_ONLY_KEY, "").lower() == "true"
     reference = base_only or spec.mode is TrainerMode.FORWARD_ONLY
@@ -44,7 +43,7 @@ def plan_creation_from_state(
     """The adapter's shape comes from the state that will be loaded."""
     if request.base_model:
         policy.check_base_model(request.base_model)
-    _check_optimizer(request.optimizer_config)
+    _check_features(request)
     if spec.mode is TrainerMode.FORWARD_ONLY:
         raise InvalidArgument("this job only runs forward: it loads no state", field="path")
     session, number = request.session_id or "", request.model_seq_id or 0
@@ -62,19 +61,17 @@ def plan_creation_from_state(
     )
 
 
-def _check_optimizer(config: OptimizerConfig | None) -> None:
+def _check_features(request: CreateModel | LoadWeights) -> None:
+    config = request.optimizer_config
     if config is not None and config.type != "adamw":
         raise Unsupported(
             f"optimizer {config.type!r} is not supported",
             hint="use adamw",
             field="optimizer_config",
         )
-
-
-def _check_projection(head_dim: int | None) -> None:
-    if head_dim:
+    if request.projection_head_dim:
         raise Unsupported(
-            f"projection_head_dim {head_dim}: models have no projection head here",
+            f"projection_head_dim {request.projection_head_dim}: models have no projection head here",
             hint="use embeddings and project in your own loss",
             field="projection_head_dim",
         )

@@ -19,12 +19,13 @@ from homefire.wire.engine import (
     LoraSpec,
     SlotKind,
 )
-from homefire.wire.errors import ErrorRecord, HomefireError, InvalidArgument, Unsupported
+from homefire.wire.errors import ErrorRecord, HomefireError, InvalidArgument
 from homefire.wire.tinker import (
     AdamFields,
     OptimStepRequest,
     Pass,
     RejectedPass,
+    adam_fields,
 )
 
 BASE_ONLY_KEY = "homefire.base_only"
@@ -186,20 +187,14 @@ def run_pass(body: Pass | RejectedPass) -> RunPass | Refused:
 
 
 def step_optimizer(request: OptimStepRequest) -> StepOptimizer | Refused:
-    fields = request.optimizer_params or request.adam_params or AdamFields()
     try:
+        fields = adam_fields(request)
         return StepOptimizer(_adam(fields), _normalization(request, fields), _norm_metrics(fields))
     except HomefireError as error:
         return refuse(OperationKind.OPTIM_STEP, error)
 
 
 def _adam(fields: AdamFields) -> AdamParams:
-    if fields.type != "adamw":
-        raise Unsupported(
-            f"optimizer {fields.type!r} is not supported",
-            hint="use adamw",
-            field="optimizer_params",
-        )
     names = AdamParams.__struct_fields__
     given = {name: getattr(fields, name) for name in names}
     return AdamParams(**{name: value for name, value in given.items() if value is not None})

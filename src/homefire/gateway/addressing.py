@@ -5,6 +5,7 @@ accounts/{a}/deployments/{d}@{identity}      the same; the replica checks the id
 {anything}#accounts/{a}/deployments/{d}      that deployment (a bare {d} too)
 accounts/{a}/models/{m}[@{identity}]         the header `fireworks-deployment`, else the one
                                              deployment that serves the model
+tinker://{run}/sampler_weights/{name}        that snapshot: the sampler of its run's job
 {d}[@{identity}]                             that deployment of the caller's account, else the one
                                              that serves the base model of that name (a repository,
                                              a directory)
@@ -12,10 +13,16 @@ accounts/{a}/models/{m}[@{identity}]         the header `fireworks-deployment`, 
 
 from __future__ import annotations
 
+from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
 from homefire.wire.errors import InvalidArgument, UnknownDeployment
 from homefire.wire.internal import RouteTable
 
 _INSTEAD = "name one as accounts/<account>/deployments/<deployment>"
+
+
+def snapshot_path(model: str) -> CheckpointPath | None:
+    """None for what names no snapshot of the root plane; InvalidArgument for a path that is none."""
+    return parse_checkpoint_path(model, field="model") if model.startswith("tinker://") else None
 
 
 def deployment_key(table: RouteTable, *, account: str, model: str, header: str = "") -> str:

@@ -92,7 +92,7 @@ def gateway_routes(
     control = Plane(control_plane.answer)
     root = Plane(root_plane.answer)
     training = Plane(TrainingPlane(trainers).answer)
-    inference = Plane(InferencePlane(router, upstreams).answer)
+    inference = Plane(InferencePlane(router, calls, upstreams).answer)
 
     async def internal_health(_: Request) -> Response:
         return json_response(ServiceHealth(nonce=nonce, pid=os.getpid(), service="gateway"))

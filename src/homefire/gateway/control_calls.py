@@ -13,8 +13,9 @@ from homefire.foundation.clock import Clock
 from homefire.gateway.route_feed import RouteFeed
 from homefire.gateway.routing import Holds
 from homefire.http.client import ServiceClient
+from homefire.wire.checkpoint_paths import CheckpointPath
 from homefire.wire.errors import HomefireError, Unavailable
-from homefire.wire.internal import NewRun, RunPlace, Wake
+from homefire.wire.internal import NewRun, RunPlace, SamplerPlace, SnapshotRef, Wake
 from homefire.wire.pooled import session_of
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class ControlCalls:
         self._client = ServiceClient(feed.control, timeout_s=_TIMEOUT_S)
         self._jobs: OrderedDict[tuple[str, str], str] = OrderedDict()
         """Job by account and run, the least recently used first."""
+        self._samplers: OrderedDict[tuple[str, str], str] = OrderedDict()
+        """The same for the sampler of a run's snapshots."""
         self._waking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def place(self, new: NewRun) -> RunPlace:
@@ -54,6 +57,21 @@ class ControlCalls:
         place = await self._ask(lambda: self._client.get(path, RunPlace, account=account))
         self._remember(account, place)
         return place.job
+
+    async def sampler_of(self, account: str, path: CheckpointPath) -> str:
+        """The deployment that serves a snapshot, as it serves all of the run. UnknownSnapshot,
+        Unsupported for those of a dedicated job, Unavailable."""
+        key = (account, path.run)
+        if key not in self._samplers:
+            asked = SnapshotRef(account, str(path))
+            place = await self._ask(
+                lambda: self._client.post("/internal/tinker/samplers", asked, SamplerPlace)
+            )
+            self._samplers[key] = place.sampler
+        self._samplers.move_to_end(key)
+        if len(self._samplers) > _MOST_RUNS:
+            self._samplers.popitem(last=False)
+        return self._samplers[key]
 
     def forget_session(self, account: str, session: str) -> None:
         """Its runs have to be asked for again: control refuses those of a finished session."""

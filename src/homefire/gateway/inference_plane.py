@@ -12,8 +12,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import Message
 
-from homefire.gateway.addressing import deployment_key
+from homefire.gateway.addressing import deployment_key, snapshot_path
 from homefire.gateway.caller import Caller
+from homefire.gateway.control_calls import ControlCalls
 from homefire.gateway.proxy import UpstreamDown, UpstreamLost
 from homefire.gateway.replica_choice import choose_replica
 from homefire.gateway.routing import Router
@@ -27,6 +28,7 @@ from homefire.wire.errors import (
     UnknownDeployment,
 )
 from homefire.wire.internal import DeploymentRoute
+from homefire.wire.pooled import is_sampler
 from homefire.wire.resources import DeploymentState
 from homefire.wire.specs import Upstream
 
@@ -43,8 +45,9 @@ class _Envelope(msgspec.Struct):
 
 
 class InferencePlane:
-    def __init__(self, router: Router, upstreams: Upstreams) -> None:
+    def __init__(self, router: Router, calls: ControlCalls, upstreams: Upstreams) -> None:
         self._router = router
+        self._calls = calls
         self._upstreams = upstreams
 
     async def answer(self, caller: Caller) -> None:
@@ -58,6 +61,7 @@ class InferencePlane:
     async def _answer(self, caller: Caller) -> None:
         envelope = await _read_envelope(caller)
         key = await self._deployment(caller, envelope.model)
+        await self._wake_if_parked(key)
         session = _session(caller, envelope)
 
         def choose(refused: frozenset[str]) -> Upstream | None:
@@ -74,13 +78,26 @@ class InferencePlane:
 
     async def _deployment(self, caller: Caller, model: str) -> str:
         """The key of the deployment; one that was just created may be newer than the table."""
-        header = caller.headers.get("fireworks-deployment", "")
         feed = self._router.feed
+        if (snapshot := snapshot_path(model)) is not None:
+            key = f"{caller.account}/{await self._calls.sampler_of(caller.account, snapshot)}"
+            if key not in feed.table.deployments:
+                await feed.refresh()
+            return key
+        header = caller.headers.get("fireworks-deployment", "")
         try:
             return deployment_key(feed.table, account=caller.account, model=model, header=header)
         except UnknownDeployment:
             await feed.refresh()
             return deployment_key(feed.table, account=caller.account, model=model, header=header)
+
+    async def _wake_if_parked(self, key: str) -> None:
+        """The sampler of a root job is parked when nobody uses it; other deployments are as they are."""
+        account, _, deployment = key.partition("/")
+        route = self._router.feed.table.deployments.get(key)
+        if is_sampler(deployment) and (route is None or not route.replicas):
+            await self._calls.wake(account, deployment)
+            await self._router.feed.refresh()
 
     def _route(self, key: str) -> DeploymentRoute:
         route = self._router.feed.table.deployments.get(key)

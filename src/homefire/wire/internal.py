@@ -10,6 +10,7 @@ All of them travel over the services' own sockets, with the header `x-homefire-s
     GET  /internal/routes?after=<version>&wait_s=<s>       -> RouteTable         (control)
     POST /internal/tinker/runs     NewRun                  -> RunPlace           (control)
     GET  /internal/tinker/runs/{run}?account=<a>           -> RunPlace           (control)
+    POST /internal/tinker/samplers SnapshotRef             -> SamplerPlace       (control)
     POST /internal/tinker/wake     Wake                    -> {}                 (control)
 
 `forget_loads` is answered when no recovery would load a state of the store again: control deletes one.
@@ -186,6 +187,20 @@ class RunPlace(msgspec.Struct, frozen=True):
 
     run: str
     job: str
+
+
+class SnapshotRef(msgspec.Struct, frozen=True):
+    """A request names a snapshot as its model, in no sampling session."""
+
+    account: str
+    path: str
+    """`tinker://<run>/sampler_weights/<name>`"""
+
+
+class SamplerPlace(msgspec.Struct, frozen=True):
+    """The deployment that serves it; its route may still be on its way."""
+
+    sampler: str
 
 
 class Wake(msgspec.Struct, frozen=True):

@@ -229,6 +229,24 @@ async def test_a_snapshot_is_sampled_by_its_path(bench, control):
     assert sampler == {"sampler_id": parsed.id, "base_model": "tiny", "model_path": path}
 
 
+async def test_a_snapshot_has_a_sampler_without_any_sampling_session(bench, control):
+    """Its run's session may be over: what it saved is still there to sample from."""
+    session_id = await session(control)
+    placed = await place(control, session_id, base_model="tiny")
+    save(bench, placed["job"], placed["run"], CheckpointFamily.SAMPLER, "ckpt-1")
+    await control.call(
+        "POST", f"/api/v1/sessions/{session_id}/finish", {"reason": {"type": "success"}}
+    )
+    path = f"tinker://{placed['run']}/sampler_weights/ckpt-1"
+    asked = {"account": "local", "path": path}
+    found = await control.call("POST", "/internal/tinker/samplers", asked)
+    assert found == {"sampler": f"{placed['job']}-sampler"}
+    await control.deployment_becomes("READY", found["sampler"])
+    for wrong in ({**asked, "account": "other"}, {**asked, "path": path.replace("-1", "-2")}):
+        refused = await control.call("POST", "/internal/tinker/samplers", wrong, expect=400)
+        assert refused["error"]["code"] == "unknown_snapshot"
+
+
 @pytest.mark.parametrize(
     ("asked", "code", "words"),
     [

@@ -7,6 +7,7 @@ import io
 import json
 
 import aiohttp
+import msgspec
 import pytest
 import zstandard
 from aiohttp import web
@@ -14,6 +15,8 @@ from aiohttp import web
 from homefire.gateway import inference_plane
 from homefire.gateway.replica_choice import choose_replica
 from homefire.gateway.routing import Holds
+from homefire.wire.errors import HomefireError, UnknownSnapshot, error_body
+from homefire.wire.internal import SnapshotRef, Wake
 from homefire.wire.specs import Upstream
 
 COMPLETIONS = "/inference/v1/completions"
@@ -129,6 +132,66 @@ async def test_a_replica_that_refuses_connections_is_passed_over(stack):
     answers = [await client.post(COMPLETIONS, json={"model": "dep"}) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len(replica.requests) == 4
+
+
+class Samplers:
+    """Control's part of finding and waking samplers, which remembers what it was asked."""
+
+    def __init__(self, stack) -> None:
+        self.asked: list[SnapshotRef] = []
+        self.woken: list[str] = []
+        self.on_wake = lambda: None
+        self.refusal: HomefireError | None = None
+        stack.control.answer_root = self.answer
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        if self.refusal is not None:
+            error = error_body(self.refusal, request_id="r1")
+            return web.json_response(error, status=self.refusal.http_status)
+        if request.path == "/internal/tinker/wake":
+            self.woken.append(msgspec.json.decode(body, type=Wake).service)
+            self.on_wake()
+            return web.json_response({})
+        self.asked.append(msgspec.json.decode(body, type=SnapshotRef))
+        return web.json_response({"sampler": "pool-1-sampler"})
+
+
+PATH = "tinker://ts-1:train:0/sampler_weights/step_1"
+
+
+async def test_a_snapshot_is_answered_by_the_sampler_of_its_run_which_is_asked_for_once(stack):
+    samplers = Samplers(stack)
+    replica = await stack.replica("pool-1-sampler")
+    client = await stack.start()
+    for name in ("step_1", "step_2"):
+        body = {"model": PATH.replace("step_1", name), "prompt": [1]}
+        answer = await client.post("/v1/completions", json=body)
+        assert json.loads(answer.json()["body"]) == body
+    assert samplers.asked == [SnapshotRef("local", PATH)]
+    assert len(replica.requests) == 2
+
+
+async def test_a_parked_sampler_is_woken_by_the_request_that_names_it(stack):
+    samplers = Samplers(stack)
+    stack.route_deployment("pool-1-sampler", [])
+    parked = await stack.service("pool-1-sampler-woken")
+    samplers.on_wake = lambda: stack.route_deployment("pool-1-sampler", [parked.upstream])
+    client = await stack.start()
+    for model in (PATH, "pool-1-sampler"):
+        answer = await client.post("/v1/completions", json={"model": model, "prompt": [1]})
+        assert answer.status_code == 200
+    assert samplers.woken == ["pool-1-sampler"]
+
+
+@pytest.mark.parametrize(
+    ("model", "code"), [(PATH, "unknown_snapshot"), ("tinker://x", "invalid_argument")]
+)
+async def test_a_snapshot_that_is_not_there_is_a_400_by_name(stack, model, code):
+    Samplers(stack).refusal = UnknownSnapshot("no such snapshot", field="model")
+    client = await stack.start()
+    answer = await client.post("/v1/completions", json={"model": model, "prompt": [1]})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
 
 
 async def test_the_requests_of_a_session_go_to_one_replica(stack):

@@ -69,6 +69,9 @@ class Snapshots:
             LOCATION.account, LOCATION.job, LOCATION.slot, CheckpointFamily.SAMPLER, identity
         )
 
+    def run_key(self, run: str, name: str) -> CheckpointKey:
+        return CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
+
     def base(self, token: int) -> str:
         key = self.key(f"step-{token}")
         tensors = canary_tensors(token)
@@ -79,12 +82,12 @@ class Snapshots:
 
     def full(self, token: int, *, run: str, name: str) -> Manifest:
         """A base snapshot of a root run."""
-        key = CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
+        key = self.run_key(run, name)
         tensors = canary_tensors(token)
         return write_base(self.store, key, tensors, _info(token), model_files=self.model_files)
 
     def adapter(self, token: int, *, run: str, name: str) -> Manifest:
-        key = CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
+        key = self.run_key(run, name)
         tensors = adapter_tensors(token)
         return write_lora(
             self.store, key, tensors, _info(token), adapter_config={"r": 1}, lora=CANARY_LORA

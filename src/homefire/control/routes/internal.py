@@ -11,7 +11,15 @@ from homefire.control.plane import ControlPlane
 from homefire.foundation.process import this_process
 from homefire.http.bodies import json_response, read_json
 from homefire.wire.errors import InvalidArgument
-from homefire.wire.internal import NewRun, RouteTable, RunPlace, ServiceHealth, Wake
+from homefire.wire.internal import (
+    NewRun,
+    RouteTable,
+    RunPlace,
+    SamplerPlace,
+    ServiceHealth,
+    SnapshotRef,
+    Wake,
+)
 
 LONGEST_WAIT_S = 25.0
 
@@ -40,6 +48,14 @@ async def place_run(plane: ControlPlane, request: Request) -> Response:
 async def find_run(plane: ControlPlane, request: Request) -> Response:
     account = request.query_params.get("account", "")
     return json_response(await plane.tinker.runs.find(account, request.path_params["run"]))
+
+
+async def place_snapshot(plane: ControlPlane, request: Request) -> Response:
+    """Which sampler serves a snapshot: found, made or woken up."""
+    asked = await read_json(request, SnapshotRef)
+    sampler = await plane.tinker.samplers.place(asked.account, asked.path)
+    await plane.until_route_is_current(asked.account, sampler)
+    return json_response(SamplerPlace(sampler))
 
 
 async def wake(plane: ControlPlane, request: Request) -> Response:
@@ -75,6 +91,14 @@ ENDPOINTS = [
         "The job of a run",
         RunPlace,
         query=("account",),
+    ),
+    Endpoint(
+        "POST",
+        "/internal/tinker/samplers",
+        place_snapshot,
+        "The sampler of a snapshot",
+        SamplerPlace,
+        body=SnapshotRef,
     ),
     Endpoint(
         "POST", "/internal/tinker/wake", wake, "A request came for something parked", body=Wake

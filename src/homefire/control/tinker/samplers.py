@@ -108,6 +108,14 @@ class Samplers:
         self.reconciler.wake()
         return row.id
 
+    async def place(self, account: str, path: str) -> str:
+        """The sampler of a snapshot that is asked for outside of any session, on its way."""
+        plan = await self._plan_snapshot(account, path, None)
+        sampler = await asyncio.to_thread(self._sampler, account, plan.job, plan.model)
+        await self.database.transact(lambda c: self._ensure(c, sampler))
+        self.reconciler.wake()
+        return sampler.id
+
     async def describe(self, account: str, session_id: str) -> Sampler:
         """Also of a session that a trainer made for an ephemeral save. NotFound."""
         try:

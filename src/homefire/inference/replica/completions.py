@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack, suppress
 from typing import TypeVar
 
 import msgspec
@@ -11,7 +12,7 @@ from starlette.responses import Response
 
 from homefire.http.app import request_id_of
 from homefire.http.bodies import decode_json, read_body
-from homefire.inference.engine.protocol import InferenceEngine, Started
+from homefire.inference.engine.protocol import InferenceEngine, Started, Ticket
 from homefire.inference.replica.answering import Answer
 from homefire.inference.replica.answers import (
     AnswerFormat,
@@ -23,6 +24,7 @@ from homefire.inference.replica.answers import (
 from homefire.inference.replica.chat import render_chat
 from homefire.inference.replica.chat_template import refuse_without_template
 from homefire.inference.replica.event_stream import EventStream
+from homefire.inference.replica.model_weights import name_of, weights_of
 from homefire.inference.replica.order import Order, order_chat, order_completion
 from homefire.inference.replica.replica import Replica
 from homefire.inference.replica.reply import Reply
@@ -34,11 +36,12 @@ from homefire.wire.completions import (
     as_completion,
     unknown_fields,
 )
-from homefire.wire.errors import Unavailable
+from homefire.wire.errors import Unavailable, WeightsMismatch
 from homefire.wire.internal import WEIGHTS_HEADER
 from homefire.wire.manifest import weights_header
 
 MAX_COMPLETION_BODY_BYTES = 64 << 20
+_ATTEMPTS = 3
 Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest, GenerateRequest)
 
 
@@ -80,15 +83,12 @@ class CompletionRoutes:
         answers: AnswerFormat,
     ) -> Response:
         replica, arrived_at = self._replica, self._replica.clock.monotonic()
-        replica.check_asked(model, replica.engine.serving())
-        live = LiveGeneration(request, order, replica)
+        live, started = await self._start(request, order, model)
         try:
-            started = await live.reply.started()
-            replica.check_asked(model, started.weights)
             answer = Answer(
                 order,
                 started,
-                self._envelope(request, started, answers),
+                self._envelope(request, name_of(model, started.weights, replica), answers),
                 answers,
                 tokenizer=replica.tokenizer,
                 arrived_at=arrived_at,
@@ -100,34 +100,71 @@ class CompletionRoutes:
                 return EventStream(events, headers=headers, on_close=live.close)
             body = await answer.whole(live.reply)
         except BaseException:
-            live.close()
+            await live.close()
             raise
-        live.close()
+        await live.close()
         return Response(body, media_type="application/json", headers=headers | answer.headers())
 
-    def _envelope(self, request: Request, started: Started, answers: AnswerFormat) -> Envelope:
+    async def _start(
+        self, request: Request, order: Order, model: str
+    ) -> tuple[LiveGeneration, Started]:
+        """A sampler's weights can be changed from outside between a turn and an admission; the request
+        then takes another."""
+        if self._replica.spec.samples_job:
+            for _ in range(_ATTEMPTS - 1):
+                with suppress(WeightsMismatch):
+                    return await self._try_to_start(request, order, model)
+        return await self._try_to_start(request, order, model)
+
+    async def _try_to_start(
+        self, request: Request, order: Order, model: str
+    ) -> tuple[LiveGeneration, Started]:
+        replica = self._replica
+        async with AsyncExitStack() as stack:
+            weights = await stack.enter_async_context(weights_of(model, replica))
+            reply = Reply(order.num_choices)
+            sequences = order.sequences(replica.tokenizer, replica.limits)
+            ticket = replica.engine.submit(sequences, reply, weights=weights)
+            live = LiveGeneration(request, reply, replica.engine, ticket)
+            try:
+                started = await reply.started()
+                if weights is None:
+                    replica.check_asked(model, started.weights)
+            except BaseException:
+                await live.close()
+                raise
+            live.hold(stack.pop_all())
+        return live, started
+
+    def _envelope(self, request: Request, model: str, answers: AnswerFormat) -> Envelope:
         return Envelope(
             id=answers.id_prefix + request_id_of(request),
             created=int(self._replica.clock.now()),
-            model=self._replica.model_name(started.weights),
+            model=model,
         )
 
 
 class LiveGeneration:
     """A submitted generation that ends with its client: a disconnect cancels it."""
 
-    def __init__(self, request: Request, order: Order, replica: Replica) -> None:
-        replica.check_open()
-        self.reply = Reply(order.num_choices)
-        self._engine: InferenceEngine = replica.engine
-        sequences = order.sequences(replica.tokenizer, replica.limits)
-        self._ticket = self._engine.submit(sequences, self.reply)
+    def __init__(
+        self, request: Request, reply: Reply, engine: InferenceEngine, ticket: Ticket
+    ) -> None:
+        self.reply = reply
+        self._engine = engine
+        self._ticket = ticket
+        self._held = AsyncExitStack()
         self._watch = asyncio.create_task(self._watch_client(request))
 
-    def close(self) -> None:
+    def hold(self, resources: AsyncExitStack) -> None:
+        """Until it is closed."""
+        self._held = resources
+
+    async def close(self) -> None:
         self._watch.cancel()
         if not self.reply.is_done:
             self._engine.cancel(self._ticket)
+        await self._held.aclose()
 
     async def _watch_client(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 
 class EventStream(Response):
-    """`events` are (bytes, whether they are the last). `on_close` is called once, however it ends."""
+    """`events` are (bytes, whether they are the last). `on_close` is awaited once, however it ends."""
 
     media_type = "text/event-stream"
 
@@ -18,7 +18,7 @@ class EventStream(Response):
         events: AsyncIterator[tuple[bytes, bool]],
         *,
         headers: dict[str, str],
-        on_close: Callable[[], None],
+        on_close: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **headers})
         del self.headers["content-length"]
@@ -37,4 +37,4 @@ class EventStream(Response):
             async for body, is_last in self._events:
                 await send({"type": "http.response.body", "body": body, "more_body": not is_last})
         finally:
-            self._on_close()
+            await self._on_close()

@@ -17,7 +17,7 @@ from homefire.checkpoints import CheckpointFamily, CheckpointKey, CheckpointStor
 from homefire.inference.engine.protocol import InferenceEngine, ServedWeights, WeightSet
 from homefire.inference.replica.hot_load import HotLoader, read_weights
 from homefire.inference.replica.weight_turns import WeightTurns
-from homefire.wire.errors import DigestMismatch
+from homefire.wire.errors import DigestMismatch, InvalidArgument, UnknownSnapshot
 from homefire.wire.ids import Identity
 from homefire.wire.internal import HotLoadRequest, SnapshotLocation
 from homefire.wire.manifest import CheckpointKind, Manifest
@@ -68,18 +68,56 @@ class SessionWeights:
         async with AsyncExitStack() as stack:
             self.num_waiting += 1
             try:
-                weights = await self._enter(stack, engine, session)
+                found = None if session.is_base else await self._find(session)
+                weights = await self._enter(stack, engine, found)
             finally:
                 self.num_waiting -= 1
             yield weights
 
+    @asynccontextmanager
+    async def serving_newest(
+        self, engine: InferenceEngine, *, run: str = "", snapshot: str = ""
+    ) -> AsyncIterator[ServedWeights]:
+        """The same for a request of no session: what the store has under the name now. Without a name,
+        the base model."""
+        async with AsyncExitStack() as stack:
+            self.num_waiting += 1
+            try:
+                found = await self._look_up(run, snapshot) if snapshot else None
+                weights = await self._enter(stack, engine, found)
+            finally:
+                self.num_waiting -= 1
+            yield weights
+
+    async def run_of(self, identity: str) -> str:
+        """The one run that saved a snapshot of this name. UnknownSnapshot; InvalidArgument when several
+        did."""
+        spec = self._spec
+        manifests = await asyncio.to_thread(
+            self._store.list, spec.account, spec.samples_job, family=CheckpointFamily.SAMPLER
+        )
+        runs = [manifest.slot for manifest in manifests if manifest.identity == identity]
+        if not runs:
+            raise UnknownSnapshot(
+                f"deployment {spec.deployment!r} has no snapshot {identity!r}",
+                hint="name one as tinker://<run>/sampler_weights/<name>",
+                field="model",
+            )
+        if len(runs) > 1:
+            paths = ", ".join(f"tinker://{run}/sampler_weights/{identity}" for run in runs)
+            raise InvalidArgument(
+                f"several runs saved a snapshot {identity!r}",
+                hint=f"name one of {paths}",
+                field="model",
+            )
+        return runs[0]
+
     async def _enter(
-        self, stack: AsyncExitStack, engine: InferenceEngine, session: SamplingSession
+        self, stack: AsyncExitStack, engine: InferenceEngine, snapshot: _Snapshot | None
     ) -> ServedWeights:
-        if session.is_base:
+        if snapshot is None:
             await stack.enter_async_context(self._turns.turn(BASE_MODEL))
             return engine.serving()
-        snapshot = await self._find(session)
         if snapshot.is_adapter:
             await stack.enter_async_context(self._held(engine, snapshot))
             await stack.enter_async_context(self._turns.turn(BASE_MODEL))
@@ -92,13 +130,17 @@ class SessionWeights:
         new sessions only."""
         pinned = self._pinned.get(session.id)
         if pinned is None:
-            location = SnapshotLocation(self._spec.account, self._spec.samples_job, session.run)
-            manifest = await asyncio.to_thread(self._manifest, location, session.snapshot)
-            pinned = self._pinned.setdefault(session.id, _snapshot(location, manifest))
+            found = await self._look_up(session.run, session.snapshot)
+            pinned = self._pinned.setdefault(session.id, found)
         self._pinned.move_to_end(session.id)
         while len(self._pinned) > _REMEMBERED_SESSIONS:
             self._pinned.popitem(last=False)
         return pinned
+
+    async def _look_up(self, run: str, snapshot: str) -> _Snapshot:
+        location = SnapshotLocation(self._spec.account, self._spec.samples_job, run)
+        manifest = await asyncio.to_thread(self._manifest, location, snapshot)
+        return _snapshot(location, manifest)
 
     def _manifest(self, location: SnapshotLocation, name: str) -> Manifest:
         where = (location.account, location.job, location.slot)

@@ -84,10 +84,27 @@ class SampleRequest(msgspec.Struct, frozen=True, kw_only=True):
     base_model: str | None = None
     """With `model_path`, the form without a session; clients that have sessions never send it."""
     model_path: str | None = None
+    type: str | None = None
 
     def digest(self) -> str:
         """Of what is asked, however it was spelled."""
         return hashlib.sha256(msgspec.msgpack.encode(self)).hexdigest()
+
+
+def unknown_fields(body: bytes) -> list[str]:
+    """Fields of a valid `asample` body that this version does not know and that ask for something: newer
+    clients also send what they have switched off."""
+    request = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    params = msgspec.json.decode(
+        request.get("sampling_params", msgspec.Raw(b"{}")), type=dict[str, msgspec.Raw]
+    )
+    unknown = _unknown(request, SampleRequest, "")
+    return unknown + _unknown(params, SamplingParams, "sampling_params.")
+
+
+def _unknown(given: dict[str, msgspec.Raw], kind: type[msgspec.Struct], prefix: str) -> list[str]:
+    names = sorted(given.keys() - set(kind.__struct_fields__))
+    return [prefix + name for name in names if msgspec.json.decode(given[name])]
 
 
 class SamplingSessionRef(msgspec.Struct, frozen=True):

@@ -62,7 +62,7 @@ class SessionWeights:
     ) -> AsyncIterator[ServedWeights]:
         """While inside, the engine serves what the session names to whoever submits with it.
 
-        UnknownSnapshot when the store has no such snapshot; DigestMismatch when it is no longer the one
+        UnknownSnapshot when the store has no such snapshot, or it has expired; DigestMismatch when it is no longer the one
         that the session began with; else what kept it from being loaded.
         """
         async with AsyncExitStack() as stack:
@@ -144,7 +144,7 @@ class SessionWeights:
 
     def _manifest(self, location: SnapshotLocation, name: str) -> Manifest:
         where = (location.account, location.job, location.slot)
-        return self._store.manifest(CheckpointKey(*where, CheckpointFamily.SAMPLER, name))
+        return self._store.loadable(CheckpointKey(*where, CheckpointFamily.SAMPLER, name))
 
     @asynccontextmanager
     async def _held(self, engine: InferenceEngine, snapshot: _Snapshot) -> AsyncIterator[None]:

@@ -24,6 +24,7 @@ from homefire.wire.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    Unsupported,
     WeightsMismatch,
 )
 from homefire.wire.internal import ACCOUNT_HEADER, WEIGHTS_HEADER
@@ -36,6 +37,7 @@ from homefire.wire.tinker_sampling import (
     SampleRequest,
     SamplingSessionRef,
     sample_json,
+    unknown_fields,
 )
 from homefire.wire.tinker_sampling_proto import encode_sample
 
@@ -98,7 +100,7 @@ class SamplingRoutes:
         request_id = self._futures.find(number, digest) if number else None
         if request_id is None:
             self._check_load()
-            sampling = partial(self._sample, session, asked)
+            sampling = partial(self._sample, session, asked, unknown_fields(body))
             request_id = self._futures.start(sampling, number, digest)
         num_samples = 1 if asked.num_samples is None else asked.num_samples
         ids = [f"{request_id}.{index}" for index in range(min(num_samples, MAX_SAMPLES))]
@@ -168,7 +170,11 @@ class SamplingRoutes:
                 hint="retry later, with fewer requests at once",
             )
 
-    async def _sample(self, session: SamplingSession, asked: SampleRequest) -> SampleOutput:
+    async def _sample(
+        self, session: SamplingSession, asked: SampleRequest, unknown: list[str]
+    ) -> SampleOutput:
+        _refuse_unknown(unknown)
+        _check_model_path(asked, session)
         order = order_sample(asked, self._replica.tokenizer, self._replica.limits)
         for _ in range(_ATTEMPTS - 1):
             with suppress(WeightsMismatch):
@@ -202,6 +208,25 @@ class SamplingRoutes:
             hint="the replica was restarted or the result is past its retention; sample again",
         )
         return respond(request, error, status=410)
+
+
+def _refuse_unknown(fields: list[str]) -> None:
+    """They may change what is sampled."""
+    if fields:
+        raise Unsupported(
+            f"{', '.join(fields)}: not known to this version",
+            hint="leave it out, or upgrade homefire",
+            field=fields[0],
+        )
+
+
+def _check_model_path(asked: SampleRequest, session: SamplingSession) -> None:
+    if asked.model_path not in {None, session.model_path}:
+        raise InvalidArgument(
+            f"model_path is {asked.model_path!r}, the sampling session's {session.model_path!r}",
+            hint="leave it out, or create a sampling session of it",
+            field="model_path",
+        )
 
 
 def _answer(outcome: Outcome, accept: str) -> Response:

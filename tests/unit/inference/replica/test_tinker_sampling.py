@@ -6,8 +6,10 @@ import asyncio
 import json
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from homefire.foundation.clock import ManualClock
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.opening import open_engine
 from homefire.inference.replica import tinker_futures, tinker_routes
+from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.wire import tinker_sampling_pb2 as pb
 from homefire.wire.manifest import whole_digest
 from homefire.wire.pooled import service_of
@@ -136,6 +139,18 @@ async def test_a_snapshot_that_nobody_saved_fails_the_future_by_name(start_repli
     assert "step_404" in failed["error"]
 
 
+async def test_an_expired_snapshot_is_unknown_to_a_new_session(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    snapshots.adapter(11, run=RUN, name="old")
+    key = msgspec.structs.replace(snapshots.key("old"), slot=RUN)
+    snapshots.store.expire_at(key, 1.0)
+    async with start_replica(**SAMPLER) as caller:
+        failed = await sampled(caller, [1], sampling_session_id=session(run=RUN, name="old"))
+    assert failed["code"] == "unknown_snapshot"
+    assert "expired" in failed["error"]
+
+
 async def test_a_session_keeps_the_weights_that_it_began_with(
     start_replica: Any, snapshots: Snapshots, tmp_path: Any
 ) -> None:
@@ -145,8 +160,6 @@ async def test_a_session_keeps_the_weights_that_it_began_with(
     async with start_replica(**SAMPLER, max_adapters=1) as caller:
         assert tokens_of(await sampled(caller, [1], sampling_session_id=old)) == [11] * 4
         key = snapshots.key("live")
-        import msgspec
-
         snapshots.store.delete(msgspec.structs.replace(key, slot=RUN))
         snapshots.adapter(22, run=RUN, name="live")
         assert tokens_of(await sampled(caller, [1], sampling_session_id=old)) == [11] * 4
@@ -292,17 +305,6 @@ async def test_cancelling_frees_the_engine_and_fails_the_future(start_replica: A
     assert (again.status, unknown.status) == (200, 200)
 
 
-async def test_a_request_cancelled_before_it_ran_at_all_has_ended(start_replica: Any) -> None:
-    async with start_replica(**SAMPLER) as caller:
-        waiting = asyncio.create_task(asample(caller, [1, 2]))
-        while not waiting.done():
-            await asyncio.sleep(0)
-        request_id = await waiting
-        await caller.post("/api/v1/cancel_future", {"request_id": request_id})
-        answered = await retrieve(caller, request_id)
-    assert answered.status == 200
-
-
 async def test_a_cancelled_wait_for_weights_lets_the_others_on(
     start_replica: Any, snapshots: Snapshots
 ) -> None:
@@ -420,10 +422,6 @@ async def test_the_end_of_sequence_stops_beside_stops_that_are_given(
 
 
 def open_tokenizer(caller: Any) -> Any:
-    from pathlib import Path
-
-    from homefire.inference.replica.tokenizer import ModelTokenizer
-
     return ModelTokenizer.open(Path(caller.model_directory))
 
 
@@ -505,6 +503,9 @@ async def test_alternative_tokens_are_drawn_at_every_position_after_the_first(
 
 
 REFUSALS: list[tuple[dict[str, Any], str, str]] = [
+    ({"beam_width": 4}, "unsupported", "beam_width"),
+    ({"sampling_params": {"max_tokens": 1, "min_p": 0.1}}, "unsupported", "sampling_params.min_p"),
+    ({"model_path": "tinker://ts-9:train:0/sampler_weights/x"}, "invalid_argument", "model_path"),
     ({"record_stability_info": True}, "unsupported", "record_stability_info"),
     (
         {"prompt": {"chunks": [{"type": "image", "data": "AA==", "format": "png"}]}},
@@ -557,6 +558,21 @@ async def test_what_cannot_be_done_fails_the_future_by_name(
     assert answered.status == 200
     assert (failed["category"], failed["code"]) == ("user", code)
     assert named in failed["error"]
+
+
+async def test_what_newer_clients_have_switched_off_is_no_reason_to_refuse(
+    start_replica: Any,
+) -> None:
+    off = {
+        "record_stability_info": False,
+        "new": False,
+        "newer": None,
+        "newest": 0,
+        "type": "sample",
+    }
+    async with start_replica(**SAMPLER) as caller:
+        result = await sampled(caller, [1, 2], **off)
+    assert len(tokens_of(result)) == 4
 
 
 # the binary wire -----------------------------------------------------------------------------

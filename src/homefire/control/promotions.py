@@ -86,11 +86,11 @@ class Promotions:
             self._ensure_running(operation)
         return operation
 
-    async def wait(self, operation: OperationRow) -> OperationRow:
-        """The operation when it is done; its worker runs on if the caller goes away."""
+    async def wait(self, operation: OperationRow, *, within_s: float | None = None) -> OperationRow:
+        """The operation when it is done, or as it is then; its worker runs on if the caller goes away."""
         task = self._tasks.get(operation.name)
         if task is not None:
-            await asyncio.shield(task)
+            await asyncio.wait([task], timeout=within_s)
         return await self.operation(operation.account, operation.name) or operation
 
     async def operation(self, account: str, name: str) -> OperationRow | None:

@@ -62,11 +62,18 @@ def code_of(error: BaseException) -> str | None:
     while cause is not None:
         if type(cause).__name__ == "RequestFailedError":
             return _code_of_future(str(getattr(cause, "request_id", "")))
-        text = json.dumps(getattr(cause, "body", None), default=str) + str(cause)
+        text = json.dumps(getattr(cause, "body", None), default=str) + _answer(cause) + str(cause)
         if named := _CODE.search(text):
             return named.group(1)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _answer(error: BaseException) -> str:
+    """The body that the server answered with, where the client keeps the response or its reason."""
+    if reason := getattr(error, "reason", None):
+        return json.dumps({"code": str(reason).lower()})
+    return str(getattr(getattr(error, "response", None), "text", ""))
 
 
 def _code_of_future(request_id: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from homefire.checkpoints import CheckpointKey, PromoteSpec, ensure_tiny
 from homefire.checkpoints.promote import run_worker
+from homefire.control.db import tables
 
 JOB = "accounts/local/rlorTrainerJobs/j1"
 
@@ -88,10 +89,41 @@ async def test_a_promotion_asked_for_again_gives_the_same_model(bench: Any, trai
     assert "promoted from checkpoint 'step_1'" in refused["message"]
 
 
-async def test_an_asynchronous_promotion_is_an_operation_that_can_be_followed(
+@pytest.fixture
+async def impatient(bench: Any) -> Any:
+    """A control plane that holds nothing, with a job, and workers that never end by themselves."""
+    control = await bench.control(hold_s=0.0)
+    await control.create_job()
+    bench.save_snapshot("step_1")
+    bench.launcher._on_start = None
+    return control
+
+
+async def test_an_asynchronous_promotion_that_is_quick_is_done_in_its_answer(trained: Any) -> None:
+    """Its client would sleep for 10 s before it asks again."""
+    operation = (await promote(trained, "step_1", async_promotion=True))["operation"]
+    assert operation["done"] is True
+    assert operation["response"]["name"] == "accounts/local/models/best"
+
+
+async def test_a_promotion_that_was_asked_about_is_held_until_it_is_done(
     bench: Any, trained: Any
 ) -> None:
     bench.launcher._on_start = None
+    waiting = asyncio.create_task(promote(trained, "step_1", async_promotion=True))
+    await _worker_is_started(bench)
+    (model,) = await trained.plane.database.transact(tables.models)
+    held = asyncio.create_task(trained.call("GET", f"/v1/{model.operation}"))
+    await asyncio.sleep(0)
+    assert not held.done()
+    work(bench, bench.launcher.process("promotion best"))
+    assert (await held)["done"] is (await waiting)["operation"]["done"] is True
+
+
+async def test_an_asynchronous_promotion_is_an_operation_that_can_be_followed(
+    bench: Any, impatient: Any
+) -> None:
+    trained = impatient
     answer = await promote(trained, "step_1", async_promotion=True)
     operation = answer["operation"]
     assert operation.get("done") is False
@@ -113,12 +145,9 @@ async def _worker_is_started(bench: Any) -> None:
 
 
 async def test_a_worker_that_outlives_control_is_found_and_waited_for_by_the_next(
-    bench: Any,
+    bench: Any, impatient: Any
 ) -> None:
-    control = await bench.control()
-    await control.create_job()
-    bench.save_snapshot("step_1")
-    bench.launcher._on_start = None
+    control = impatient
     answer = await promote(control, "step_1", async_promotion=True)
     await _worker_is_started(bench)
     await control.close()
@@ -131,12 +160,9 @@ async def test_a_worker_that_outlives_control_is_found_and_waited_for_by_the_nex
 
 
 async def test_a_promotion_that_was_cut_off_by_a_clean_stop_is_done_by_the_next_control(
-    bench: Any,
+    bench: Any, impatient: Any
 ) -> None:
-    control = await bench.control()
-    await control.create_job()
-    bench.save_snapshot("step_1")
-    bench.launcher._on_start = None
+    control = impatient
     await promote(control, "step_1", async_promotion=True)
     await _worker_is_started(bench)
     await control.plane.stop_processes()

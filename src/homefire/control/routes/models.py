@@ -15,7 +15,7 @@ from homefire.control.promotions import operation_error
 from homefire.control.routes.accounts import own_account
 from homefire.http.app import account_of
 from homefire.http.bodies import json_response, read_json
-from homefire.wire.errors import NotFound
+from homefire.wire.errors import NotFound, Unavailable
 from homefire.wire.ids import model_name
 from homefire.wire.resources import (
     Model,
@@ -54,15 +54,18 @@ async def delete(plane: ControlPlane, request: Request) -> Response:
 
 
 async def promote(plane: ControlPlane, request: Request) -> Response:
-    """Answers with the operation when asked to, else when the model is there."""
+    """Answers when the model is there; one that asked for the operation is held only so long."""
     account, checkpoint = own_account(request), request.path_params["checkpoint"]
     asked = await read_json(request, PromoteRequest)
     operation = await plane.promotions.begin(account, checkpoint, asked)
     if asked.async_promotion:
+        operation = await plane.promotions.wait(operation, within_s=plane.config.hold_s)
         return json_response(PromoteAnswer(operation=await _operation(plane, operation)))
     operation = await plane.promotions.wait(operation)
     if (error := operation_error(operation)) is not None:
         raise error
+    if not operation.done:
+        raise Unavailable("control is stopping", hint="promote again when it is up")
     return json_response(PromoteAnswer(model=await _model(plane, operation)))
 
 
@@ -72,6 +75,7 @@ async def get_operation(plane: ControlPlane, request: Request) -> Response:
     operation = await plane.promotions.operation(account, name)
     if operation is None:
         raise NotFound(f"operation {name} does not exist")
+    operation = await plane.promotions.wait(operation, within_s=plane.config.hold_s)
     return json_response(await _operation(plane, operation))
 
 
@@ -109,7 +113,7 @@ ENDPOINTS = [
         "GET",
         "/v1/accounts/{account}/operations/{operation}",
         get_operation,
-        "How a promotion goes",
+        "How a promotion goes; held while it runs",
         Operation,
     ),
 ]

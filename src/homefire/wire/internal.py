@@ -62,7 +62,7 @@ class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     nonce: str
     state: TrainerState
     step: int = 0
-    """Optimizer steps applied to the policy slot; in a pool, to all its models."""
+    """Optimizer steps applied to the policy slot; in a pool, to the models that it remembers."""
     num_accepted: int = 0
     num_applied: int = 0
     engine_restarts: int = 0

@@ -113,6 +113,8 @@ class Handle(msgspec.Struct, kw_only=True):
     unloaded: bool = False
     failure: str = ""
     """Why it could not be created, if it could not."""
+    ended_at: int | None = None
+    """Position of the request that unloaded it, or failed to create it."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):

@@ -114,7 +114,7 @@ class Ledger:
 
     @property
     def step(self) -> int:
-        """Optimizer steps on all slots."""
+        """Optimizer steps on all slots that are remembered."""
         return sum(self.steps.values())
 
     def adapter(self, slot: str) -> LoraSpec | None:
@@ -132,6 +132,19 @@ class Ledger:
         for handle in self.handles.values() if forgotten else ():
             handle.recent = _without(handle.recent, forgotten)
             handle.keys = _without(handle.keys, forgotten)
+        for handle in [h for h in self.handles.values() if self._is_over(h)]:
+            del self.handles[handle.model_id]
+            self.loads.pop(handle.model_id, None)
+            self.steps.pop(handle.slot, None)
+
+    def _is_over(self, handle: Handle) -> bool:
+        """A model whose slot went with it, which nobody asks about and no recovery would replay."""
+        if handle.ended_at is None or handle.slot != handle.model_id:
+            return False
+        replayed_from = self.points[0].position if len(self.points) == NUM_POINTS_KEPT else 0
+        is_asked_for = handle.recent or handle.keys
+        known = self._futures.is_known(handle.created_by.request_id)
+        return handle.ended_at <= replayed_from and not is_asked_for and not known
 
     def _accept(self, record: Accepted, segment: int) -> None:
         request = Request(
@@ -236,12 +249,14 @@ class Ledger:
                 self.has_loaded = True
             case OperationKind.CREATE_MODEL if not record.ok:
                 handle.failure = _why(record)
+                handle.ended_at = record.position
             case OperationKind.CREATE_MODEL:
                 create = operations.decode(request.operation)
                 loads = isinstance(create, CreateHandle) and create.load is not None
                 self.has_loaded = self.has_loaded or loads
             case OperationKind.UNLOAD_MODEL if record.ok:
                 handle.unloaded = True
+                handle.ended_at = record.position
             case _:
                 pass
 

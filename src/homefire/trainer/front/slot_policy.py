@@ -161,8 +161,9 @@ class PooledSlots:
         )
 
     def check_room(self, kind: SlotKind, *, num_arriving: int) -> None:
-        """References are the base itself, and take none."""
-        limit = self._spec.max_open_models
+        """References are the base itself, and take none. A full-parameter run's job is its own."""
+        is_full = kind is SlotKind.FULL
+        limit = 1 if is_full else self._spec.max_open_models
         if kind is not SlotKind.REFERENCE and len(self._open()) + num_arriving >= limit:
             raise TooManyModels(
                 f"{self._spec.job} holds {limit} open models, which is its limit",

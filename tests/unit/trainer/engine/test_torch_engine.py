@@ -15,10 +15,14 @@ from homefire.model.tensors import memory_digest
 from homefire.trainer.engine.serve import serve
 from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.wire.engine import (
+    AdamParams,
     CloseSlot,
+    ForwardBackward,
     LoadRecovery,
     LoadState,
+    LoraSpec,
     OpenSlot,
+    OptimStep,
     SaveRecovery,
     SaveState,
     Shutdown,
@@ -31,7 +35,7 @@ from homefire.wire.engine import (
 )
 from homefire.wire.errors import NonFiniteGradient, Unsupported
 
-from .conftest import Trainer
+from .conftest import Trainer, plan_of, random_batch
 
 BOTH = pytest.mark.parametrize("kind", [SlotKind.FULL, SlotKind.LORA])
 
@@ -107,6 +111,37 @@ def test_adapters_do_not_touch_one_another(make_trainer):
     untrained = together.engine.weights_digest(WeightsDigest("other"))
     assert together.train(0).digest() == alone.train(0).digest()
     assert together.engine.weights_digest(WeightsDigest("other")) == untrained
+
+
+def test_adapters_that_take_turns_end_bit_for_bit_as_if_alone(make_trainer):
+    """A gradient waits on one while the other steps with decay, and the other way round."""
+    ranks = {"a": 4, "b": 8}
+    turns = ["a", "b", "b", "a", "b", "a", "a", "b"]
+
+    def run(slots, turns):
+        engine = make_trainer(job="-".join(slots)).engine
+        for slot in slots:
+            lora = LoraSpec(rank=ranks[slot], seed=ranks[slot])
+            engine.open_slot(OpenSlot(slot=slot, kind=SlotKind.LORA, lora=lora))
+        done = dict.fromkeys(slots, 0)
+        for slot in turns:
+            _backward(engine, slot, seed=10 * ranks[slot] + done[slot])
+            done[slot] += 1
+            if done[slot] % 2 == 0:
+                adam = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0)
+                engine.optim_step(OptimStep(slot=slot, adam=adam))
+        return {slot: engine.weights_digest(WeightsDigest(slot)).digest for slot in slots}
+
+    together = run(["a", "b"], turns)
+    assert together == {**run(["a"], turns[:1] * 4), **run(["b"], turns[1:2] * 4)}
+
+
+def _backward(engine, slot, *, seed):
+    arrays = random_batch(seed)
+    request = ForwardBackward(
+        slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan_of(arrays)
+    )
+    engine.forward_backward(request, arrays)
 
 
 @pytest.mark.parametrize(

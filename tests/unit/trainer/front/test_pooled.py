@@ -30,6 +30,7 @@ from unit.trainer.front.conftest import Orders, make_datum
 SESSIONS = [f"ts-{n:016x}" for n in range(3)]
 POOL = {"pooled": True, "mode": TrainerMode.LORA, "job": "pool-1"}
 FULL = {"pooled": True, "mode": TrainerMode.FULL}
+_INPUT = {"data": [make_datum([1, 2, 3])], "loss_fn": "cross_entropy"}
 
 
 @pytest.fixture
@@ -144,6 +145,27 @@ async def test_a_finished_session_takes_its_own_models_along_and_no_others(start
         assert (await client.result(held))["error_class"] == "sequence_gap"
         assert {r.slot for r in client.orders.seen if isinstance(r, CloseSlot)} == set(gone)
         assert len(client.events("model_unloaded")) == 2
+
+
+async def test_models_that_are_over_are_forgotten_once_no_recovery_needs_them(start_pool) -> None:
+    clock = ManualClock()
+    async with start_pool(clock=clock, crash=True) as client:
+        over, stays = await create(client), await create(client, SESSIONS[1])
+        await client.train(over, 1, 1)
+        await client.result(await client.forward(over, 3))
+        await client.post(f"sessions/{SESSIONS[0]}/finish")
+        for step in range(4):
+            assert over in client.front.ledger.handles or step > 2
+            clock.advance(7 * 3600)
+            await client.train(stays, 2 * step + 1, 1)
+        assert set(client.front.ledger.handles) == {stays}
+        gone = await client.post("forward", model_id=over, seq_id=4, forward_input=_INPUT)
+        assert gone.status_code == 404
+        digest = await client.digest(stays)
+    async with start_pool(clock=clock) as client:
+        await client.result(await client.forward(stays, 9))
+        assert await client.digest(stays) == digest
+        assert (await client.status()).error is None
 
 
 async def test_a_reference_runs_forward_on_the_base_and_survives_an_unload_of_another(

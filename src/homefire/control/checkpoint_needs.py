@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from homefire.control.db.rows import DeploymentRow, JobRow
 from homefire.control.job_activity import StateLoad
-from homefire.wire.checkpoint_paths import parse_checkpoint_path
+from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
 from homefire.wire.errors import FailedPrecondition, InvalidArgument
 from homefire.wire.manifest import CheckpointFamily, Manifest
+from homefire.wire.pooled import is_ephemeral
 from homefire.wire.resources import DeploymentState, JobState
 
 MAY_REPLAY = frozenset({JobState.CREATING, JobState.RUNNING, JobState.CANCELLING, JobState.FAILED})
@@ -25,11 +26,17 @@ class Needs:
 
     deployments: Sequence[DeploymentRow]
     jobs: Sequence[JobRow]
-    loads: Mapping[str, Sequence[StateLoad]]
+    loads: Mapping[str, Sequence[StateLoad]] = field(default_factory=dict[str, Sequence[StateLoad]])
     """By job: the states that its recovery would load."""
 
+    sampled_paths: frozenset[str] = frozenset()
+    """What live sessions sample by path."""
+    live_runs: frozenset[str] = frozenset()
+    """Runs of live sessions, which may sample their ephemeral snapshots."""
+
     def is_needed(self, manifest: Manifest) -> bool:
-        return self.refusal(manifest) is not None
+        """By anybody, so that it is not pruned. Its owner may delete what is only being sampled."""
+        return self.refusal(manifest) is not None or self._is_sampled(manifest)
 
     def refusal(self, manifest: Manifest) -> FailedPrecondition | None:
         """What stands against the deletion; a snapshot's descendants are not looked at."""
@@ -50,6 +57,14 @@ class Needs:
             and job.state in MAY_REPLAY
             and any(_leads_to(load, job.id, manifest) for load in self.loads.get(job.id, ()))
         ]
+
+    def _is_sampled(self, manifest: Manifest) -> bool:
+        if manifest.family is not CheckpointFamily.SAMPLER:
+            return False
+        path = CheckpointPath(manifest.slot, manifest.family, manifest.identity)
+        return str(path) in self.sampled_paths or (
+            is_ephemeral(manifest.identity) and manifest.slot in self.live_runs
+        )
 
     def _served(self, manifest: Manifest) -> FailedPrecondition | None:
         for deployment in self.deployments:

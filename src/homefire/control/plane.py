@@ -168,7 +168,7 @@ class ControlPlane:
         self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT)
         self.activities = Activities(self.home)
         self.deletion = CheckpointDeletion(
-            self.database, self.store, self.activities, self.observations
+            self.database, self.store, self.activities, self.observations, self.clock
         )
         self.management = Management.of(
             database=self.database,

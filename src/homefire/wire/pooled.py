@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 
 import msgspec
 
@@ -25,6 +26,7 @@ from homefire.wire.ids import check_name
 
 SESSION_PREFIX = "ts-"
 _SAMPLER_SUFFIX = "-sampler"
+_EPHEMERAL = re.compile(r"^ephemeral-\d{6,}-[0-9a-f]{8}$")
 _TRAIN = ":train:"
 
 
@@ -55,6 +57,16 @@ def is_sampler(deployment: str) -> bool:
 def service_of(request_id: str) -> str:
     """The job or deployment that a request id, or a sampling session's, belongs to."""
     return request_id.partition(".")[0]
+
+
+def ephemeral_name(seq_id: int, nonce: str) -> str:
+    """A snapshot that was saved for one sampling session alone; `nonce` is that session's."""
+    return f"ephemeral-{seq_id:06d}-{nonce}"
+
+
+def is_ephemeral(snapshot: str) -> bool:
+    """No client knows it by a path, so no list shows it."""
+    return _EPHEMERAL.match(snapshot) is not None
 
 
 def session_of(run: str) -> str:

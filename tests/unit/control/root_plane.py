@@ -82,7 +82,15 @@ class RootPlane:
         await self._transact(tinker_tables.insert_run, row)
         return row
 
-    async def sampling_session(self, sampling_session: str, *, session: str = SESSION) -> None:
+    async def heartbeat(self, session: str) -> None:
+        now = self.clock.now()
+        await self.control.plane.database.transact(
+            lambda c: tinker_tables.touch_session(c, session, heartbeat_at=now)
+        )
+
+    async def sampling_session(
+        self, sampling_session: str, *, session: str = SESSION, model_path: str | None = None
+    ) -> None:
         row = SamplingSessionRow(
             id=sampling_session,
             account="local",
@@ -90,6 +98,7 @@ class RootPlane:
             seq_id=0,
             sampler=f"{JOB}-sampler",
             base_model="tiny",
+            model_path=model_path,
             created_at=self.clock.now(),
         )
         await self._transact(tinker_tables.insert_sampling_session, row)

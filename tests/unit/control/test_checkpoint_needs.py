@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from homefire.checkpoints import CheckpointKey
+from homefire.checkpoints import CheckpointFamily, CheckpointKey
+from homefire.control.checkpoint_deletion import LIVE_S
 from homefire.control.checkpoint_needs import descendant_refusal
 from homefire.control.job_activity import Activities
 from homefire.foundation.events import EventLog
+
+from .root_plane import RUN as RUN_OF_ROOT
+from .root_plane import SESSION
 
 RUN = "ts-3f9a1c2e4b50536f:train:0"
 
@@ -140,3 +144,30 @@ async def test_pruning_takes_what_expired_and_nobody_needs(bench, control, train
     trainer.say("recovery_point")
     assert [key.name for key in await control.plane.deletion.prune()] == ["loaded"]
     assert [m.identity for m in bench.store.list("local", "j1")] == ["kept"]
+
+
+@pytest.mark.parametrize("ending", ["finished", "silent"])
+async def test_what_a_live_session_samples_is_pruned_when_the_session_is_over(root, ending):
+    """By path, or as an ephemeral snapshot of one of its runs; the owner may delete it before."""
+    other = "ts-00000000000000bb"
+    end = root.clock.now() + 3600.0
+    await root.session(other)
+    for name in ("named", "ephemeral-000003-0123abcd", "idle"):
+        root.save(name, CheckpointFamily.SAMPLER, expires_at=end)
+    await root.sampling_session(
+        "s.1", session=other, model_path=f"tinker://{RUN_OF_ROOT}/sampler_weights/named"
+    )
+    root.clock.advance(7200.0)
+    await root.heartbeat(SESSION)
+    await root.heartbeat(other)
+
+    async def pruned() -> set[str]:
+        return {key.name for key in await root.control.plane.deletion.prune()}
+
+    assert await pruned() == {"idle"}
+    if ending == "finished":
+        await root.finish(SESSION, "success")
+        await root.finish(other, "success")
+    else:
+        root.clock.advance(LIVE_S)
+    assert await pruned() == {"named", "ephemeral-000003-0123abcd"}

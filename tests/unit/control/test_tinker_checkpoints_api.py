@@ -73,6 +73,15 @@ async def test_a_window_that_makes_no_sense_is_refused_by_its_field(root, path, 
     assert refused["error"]["param"] == field
 
 
+async def test_a_snapshot_that_only_its_sampling_session_knows_is_in_no_list(root):
+    root.save("step-1", SAMPLER)
+    root.save("ephemeral-000007-0123abcd", SAMPLER)
+    assert await root.names() == ["sampler_weights/step-1"]
+    assert (await root.call("GET", "checkpoints"))["cursor"]["total_count"] == 1
+    described = await root.call("GET", f"training_runs/{RUN}")
+    assert described["last_sampler_checkpoint"]["checkpoint_id"] == "sampler_weights/step-1"
+
+
 async def test_an_expired_checkpoint_is_gone_for_every_call(root):
     root.save("mark", expires_at=root.clock.now() + 3601.0)
     assert await root.names() == ["weights/mark"]

@@ -282,3 +282,19 @@ SELECT runs.* FROM tinker_runs AS runs JOIN tinker_sessions AS sessions ON sessi
 WHERE runs.account = :account AND sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
 ORDER BY runs.created_at DESC, runs.rowid DESC
 """
+
+# What unfinished sessions, heard of lately, sample by path.
+PATHS_BEING_SAMPLED = """
+SELECT DISTINCT sampling.model_path AS path
+FROM sampling_sessions AS sampling JOIN tinker_sessions AS sessions
+    ON sessions.id = sampling.session
+WHERE sampling.model_path IS NOT NULL
+    AND sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
+"""
+
+# The runs of such sessions.
+LIVE_TINKER_RUNS = """
+SELECT runs.id AS run
+FROM tinker_runs AS runs JOIN tinker_sessions AS sessions ON sessions.id = runs.session
+WHERE sessions.finished_at IS NULL AND sessions.heartbeat_at > :since
+"""

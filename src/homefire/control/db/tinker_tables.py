@@ -97,6 +97,14 @@ def live_sessions(connection: Connection, *, since: float) -> list[LiveSession]:
     return [LiveSession(row["session"], row["service"], row["heartbeat_at"]) for row in rows]
 
 
+def paths_being_sampled(connection: Connection, *, since: float) -> list[str]:
+    return [row["path"] for row in connection.execute(sql.PATHS_BEING_SAMPLED, {"since": since})]
+
+
+def live_runs(connection: Connection, *, since: float) -> list[str]:
+    return [row["run"] for row in connection.execute(sql.LIVE_TINKER_RUNS, {"since": since})]
+
+
 def insert_sampling_session(connection: Connection, session: SamplingSessionRow) -> None:
     connection.execute(sql.INSERT_SAMPLING_SESSION, columns(session))
 

@@ -19,6 +19,7 @@ from homefire.foundation.clock import Clock
 from homefire.wire.checkpoint_paths import CheckpointPath
 from homefire.wire.errors import InvalidArgument, NotFound, UnknownSnapshot, WrongCheckpointKind
 from homefire.wire.manifest import CheckpointFamily, Manifest
+from homefire.wire.pooled import is_ephemeral
 
 SHORTEST_TTL_S = 3600
 LONGEST_TTL_S = 10 * 365 * 24 * 3600
@@ -43,11 +44,15 @@ class Checkpoints:
         )
 
     async def of_runs(self, runs: list[TinkerRunRow]) -> list[Manifest]:
-        """Newest first; what was saved at the same moment, in the order of the names."""
+        """Newest first; what was saved at the same moment, in the order of the names.
+
+        Without snapshots that sampling sessions alone know of.
+        """
 
         def work() -> list[Manifest]:
             found = [m for run in runs for m in self.store.list(run.account, run.job, slot=run.id)]
-            return sorted(found, key=lambda m: (-m.created_at, m.slot, m.identity, m.family))
+            named = [m for m in found if not is_ephemeral(m.identity)]
+            return sorted(named, key=lambda m: (-m.created_at, m.slot, m.identity, m.family))
 
         return await asyncio.to_thread(work)
 

@@ -13,7 +13,7 @@ from homefire.trainer.front.operations import (
 )
 from homefire.wire.engine import MERGED_BASE
 from homefire.wire.errors import HomefireError, InvalidArgument, Unsupported
-from homefire.wire.pooled import SamplingSession
+from homefire.wire.pooled import SamplingSession, ephemeral_name, is_ephemeral
 from homefire.wire.tinker import SaveWeights, SaveWeightsExternal, SaveWeightsForSampler
 
 SAMPLER_TYPE_KEY = "homefire.checkpoint_type"
@@ -72,6 +72,12 @@ def _named_snapshot(request: SaveWeightsForSampler, name: str) -> SaveSnapshot:
 
     An adapter is always written whole, unless it is merged into its base.
     """
+    if is_ephemeral(name):
+        raise InvalidArgument(
+            f"path {name!r} is a name of snapshots that no list shows",
+            hint="save under another name",
+            field="path",
+        )
     metadata = text_metadata(request.user_metadata or request.metadata)
     asked = request.checkpoint_type or metadata.pop(SAMPLER_TYPE_KEY, None) or "base"
     if asked not in _SAMPLER_TYPES:
@@ -103,7 +109,7 @@ def _ephemeral_snapshot(
             field="path",
         )
     nonce = SamplingSession.of(sampler, session_id, number).nonce
-    name = f"ephemeral-{request.seq_id:06d}-{nonce}"
+    name = ephemeral_name(request.seq_id, nonce)
     session = SamplingSession.of(sampler, session_id, number, run=run, snapshot=name)
     ttl_seconds = _checked_ttl(request.ttl_seconds)
     return SaveSnapshot(

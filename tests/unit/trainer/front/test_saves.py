@@ -12,7 +12,7 @@ import pytest
 from homefire.checkpoints import CheckpointFamily, CheckpointKey, Manifest
 from homefire.foundation.clock import ManualClock
 from homefire.wire.engine import SaveSampler
-from homefire.wire.pooled import parse_sampling_session
+from homefire.wire.pooled import ephemeral_name, is_ephemeral, parse_sampling_session
 from homefire.wire.specs import TrainerMode
 
 SESSION = "ts-0123456789abcdef"
@@ -46,6 +46,7 @@ async def test_an_ephemeral_save_answers_a_session_that_says_what_it_samples(sta
         assert "path" not in saved
         session = parse_sampling_session(saved["sampling_session_id"])
         assert (session.sampler, session.run) == (SAMPLER, model)
+        assert is_ephemeral(session.snapshot)
         kept = manifest(client, CheckpointFamily.SAMPLER, session.snapshot)
         assert kept.digest == saved["digest"] == await client.digest(model)
         assert kept.expires_at == clock.now() + 24 * 3600
@@ -71,6 +72,15 @@ async def test_a_repeated_ephemeral_save_is_one_snapshot_and_one_session(
         again = await client.call("save_weights_for_sampler", RUN, 1, sampling_session_seq_id=0)
         assert again["sampling_session_id"] == first["sampling_session_id"]
         assert len(client.events("sampling_session_created")) == 1
+
+
+async def test_a_client_gives_no_snapshot_a_name_that_no_list_shows(start_pool) -> None:
+    async with start_pool() as client:
+        model = await create(client)
+        name = ephemeral_name(1, "0123abcd")
+        refused = await client.call("save_weights_for_sampler", model, 1, path=name)
+        assert refused["error_class"] == "invalid_argument"
+        assert name in refused["error"]
 
 
 async def test_each_ephemeral_save_keeps_what_the_weights_were_then(start_pool) -> None:

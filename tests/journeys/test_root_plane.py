@@ -258,6 +258,19 @@ async def _finish(holder: Any) -> None:
         )
 
 
+def test_a_killed_sampler_is_started_again_and_answers_with_the_same_weights(server, connect):
+    client = connect()
+    model = lora(client)
+    train(model)
+    sampler = model.save_weights_and_get_sampling_client().result(WAIT_S)
+    before = logprobs(sampler)
+    deployment = f"accounts/local/deployments/{job_of(server, model)}-sampler"
+    reports = ask(server, "/v1/homefire/status")["deployments"]
+    (report,) = [report for report in reports if report["name"] == deployment]
+    os.kill(report["replicas"][0]["pid"], signal.SIGKILL)
+    assert logprobs(sampler) == before
+
+
 @pytest.mark.parametrize("service", ["control", "gateway"])
 def test_training_goes_on_while_a_service_is_killed(server, connect, service):
     client = connect()

@@ -16,8 +16,8 @@ import zstandard
 from homefire.gateway.caller import Caller
 from homefire.http.bodies import MAX_BODY_BYTES, decode_json, decompress_zstd
 from homefire.wire.errors import InvalidArgument, PayloadTooLarge, Unsupported
-from homefire.wire.tinker_proto import CONTENT_TYPE
 
+_PROTOBUF = "application/x-protobuf"
 _MODEL_ID_FIELD = 1
 _PREFIX_BYTES = 16 << 10
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
@@ -51,7 +51,7 @@ async def read_envelope(caller: Caller, *, max_bytes: int = MAX_BODY_BYTES) -> E
         raise Unsupported(
             f"content-encoding {encoding!r} is not supported", hint="send zstd, or plain bodies"
         )
-    is_proto = caller.headers.get("content-type", "").startswith(CONTENT_TYPE)
+    is_proto = caller.headers.get("content-type", "").startswith(_PROTOBUF)
     if is_proto:
         model_id = _compressed_model_id(body) if encoding == "zstd" else None
         if model_id is None:

@@ -313,6 +313,30 @@ async def test_a_pool_that_finds_no_room_waits_and_says_for_what(bench):
     assert control.plane.routes.get().trainers[f"local/{job}"].detail == row.message
 
 
+async def test_a_pool_its_sampler_and_a_dedicated_job_fit_or_the_last_waits(bench):
+    control = await bench.control(threads=2)
+    await control.create_job("j1")
+    await control.job_becomes("JOB_STATE_RUNNING")
+    session_id = await session(control)
+    job = (await place(control, session_id, base_model="tiny"))["job"]
+    await control.job_becomes("JOB_STATE_RUNNING", job)
+    body = {"session_id": session_id, "sampling_session_seq_id": 0, "base_model": "tiny"}
+    await control.call("POST", "/api/v1/create_sampling_session", body)
+    sampler = f"local/{job}-sampler"
+
+    async def says_why() -> bool:
+        detail = control.plane.routes.get().deployments[sampler].detail
+        return detail == "waiting for 1 engine threads: 0 of 2 are free"
+
+    await control.eventually(says_why)
+    await control.plane.jobs.cancel("local", "j1")
+
+    async def samples() -> bool:
+        return bool(control.plane.routes.get().deployments[sampler].replicas)
+
+    await control.eventually(samples)
+
+
 async def test_the_status_shows_runs_whose_clients_may_be_there(bench, control):
     session_id = await session(control, display_name="mine")
     placed = await place(control, session_id, base_model="tiny", rank=8)

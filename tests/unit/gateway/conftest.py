@@ -170,10 +170,11 @@ class Stack:
         replicas: list[Upstream],
         state: str = "READY",
         account: str = "local",
+        detail: str = "",
     ) -> None:
         routes = {
             **self.control.table.deployments,
-            f"{account}/{deployment}": DeploymentRoute(state, replicas),
+            f"{account}/{deployment}": DeploymentRoute(state, replicas, detail),
         }
         self.control.publish(deployments=routes)
 

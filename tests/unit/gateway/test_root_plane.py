@@ -313,11 +313,12 @@ async def test_a_sample_for_a_starting_sampler_waits_with_its_reason_and_is_samp
     promised = (await client.post("/api/v1/asample", json=body)).json()
     assert scripted.woken == [SAMPLER]
     assert len(set(promised["sample_sequence_ids"])) == 3
-    stack.route_deployment(SAMPLER, [], "CREATING")
+    stack.route_deployment(SAMPLER, [], "CREATING", detail="waiting for 1 engine threads")
     poll = {"request_id": promised["request_id"]}
     waiting = await client.post("/api/v1/retrieve_future", json=poll)
     assert waiting.status_code == 408
-    assert SAMPLER in waiting.json()["queue_state_reason"]
+    assert waiting.json()["queue_state"] == "paused_capacity"
+    assert "engine threads" in waiting.json()["queue_state_reason"]
     await stack.replica(SAMPLER)
     assert (await client.post("/api/v1/retrieve_future", json=poll)).status_code == 410
 
@@ -404,3 +405,16 @@ async def test_protobuf_is_routed_by_its_model_and_forwarded_byte_for_byte(stack
     answer = await client.post("/api/v1/forward_backward", content=body, headers=headers)
     assert answer.json()["body"].encode("latin-1") == body
     assert answer.json()["headers"]["accept"] == "application/x-protobuf"
+
+
+async def test_a_completion_of_a_base_model_wakes_the_parked_sampler_that_answers_for_it(
+    stack, scripted
+):
+    stack.use_holds(Holds(request_s=60, look_again_s=60))
+    stack.route_deployment(SAMPLER, [], "READY")
+    replica = await stack.service("woken")
+    scripted.on_wake = lambda: stack.route_deployment(SAMPLER, [replica.upstream])
+    client = await stack.start()
+    answer = await client.post("/v1/completions", json={"model": SAMPLER, "prompt": "x"})
+    assert answer.json()["path"] == "/v1/completions"
+    assert scripted.woken == [SAMPLER]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from homefire.control.db import tinker_tables
@@ -12,6 +13,7 @@ from homefire.wire.errors import HomefireError
 
 log = logging.getLogger(__name__)
 _AGAIN_S = 2.0
+_TIMEOUT_S = 5.0
 
 
 class Closing:
@@ -40,8 +42,9 @@ class Closing:
         if client is None:
             return False
         try:
-            await client.post(f"/api/v1/sessions/{session}/finish", {}, dict[str, object])
-        except HomefireError as exc:
+            async with asyncio.timeout(_TIMEOUT_S):
+                await client.post(f"/api/v1/sessions/{session}/finish", {}, dict[str, object])
+        except (HomefireError, TimeoutError) as exc:
             log.warning("%s was not told that session %s is over: %s", job, session, exc)
             return False
         now = self._clock.now()

@@ -3,6 +3,7 @@ adapters of one engine beside each other."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from homefire.checkpoints import PromoteSpec, promote, read_model_directory
+from homefire.checkpoints import (
+    PromoteSpec,
+    promote,
+    read_adapter_directory,
+    read_model_directory,
+    write_safetensors,
+)
 from homefire.inference.engine.embedded import EmbeddedNetwork
 from homefire.inference.engine.protocol import SequenceRequest, ServedWeights, WeightSet
-from homefire.model import lora
-from homefire.model.loading import load_model
-from homefire.model.packed import packed_hidden, packed_logprobs
 from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.wire.engine import (
     AdamParams,
@@ -26,6 +30,7 @@ from homefire.wire.engine import (
     ExecutionPlan,
     Forward,
     ForwardBackward,
+    LoadAdapter,
     LoraSpec,
     OpenModel,
     OpenSlot,
@@ -33,7 +38,7 @@ from homefire.wire.engine import (
     SaveSampler,
     SlotKind,
 )
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.ids import Identity
 from homefire.wire.manifest import CheckpointKind, whole_digest
 from homefire.wire.tensors import digest_tensors
@@ -274,22 +279,44 @@ def test_peft_loads_our_export_with_equal_logits(model_directory, tmp_path, peft
 @tied_and_not
 def test_what_peft_saves_loads_here_with_equal_logits(model_directory, tmp_path, peft):
     """With what peft itself writes: short target names, and its own initial values."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = peft.LoraConfig(
-        r=3, lora_alpha=7, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False, lora_dropout=0.1
     )
     wrapped = peft.get_peft_model(hugging_face(model_directory), config).eval()
     wrapped.save_pretrained(str(tmp_path / "theirs"))
-    model = load_model(model_directory)
-    tensors, saved = lora.read_peft_directory(tmp_path / "theirs")
-    adapter = lora.adapter_from_peft(tensors, saved)
-    lora.check_fits(model, adapter)
-    with lora.applied(model, adapter):
-        batch = batch_of(99)
-        with torch.no_grad():
-            tokens = torch.from_numpy(batch["tokens"].astype(np.int64))
-            hidden = packed_hidden(model, tokens, LENGTHS)
-            ours = packed_logprobs(model, hidden, torch.from_numpy(batch["target_tokens"]))
-    np.testing.assert_allclose(ours[:, 0].numpy(), row_by_row(wrapped), rtol=0, atol=PEFT_TOLERANCE)
+    spec = LoraSpec(rank=3, alpha=7.0, train_mlp=False, train_unembed=False)
+    engine = open_engine(model_directory, tmp_path, policy=spec)
+    digest = read_adapter_directory(tmp_path / "theirs").digest
+    engine.load_adapter(
+        LoadAdapter(slot="policy", directory=str(tmp_path / "theirs"), digest=digest)
+    )
+    np.testing.assert_allclose(
+        forward(engine, "policy"), row_by_row(wrapped), rtol=0, atol=PEFT_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("model_directory", [True], indirect=True, ids=["tied"])
+def test_an_adapter_of_other_modules_is_refused_naming_both(model_directory, tmp_path):
+    engine = open_engine(model_directory, tmp_path, policy=LoraSpec(rank=4, alpha=8.0, seed=1))
+    save(engine, "all", "base")
+    directory = snapshot(tmp_path, "all")
+    digest = read_adapter_directory(directory).digest
+    other = open_engine(
+        model_directory, tmp_path / "other", policy=LoraSpec(rank=4, alpha=8.0, train_mlp=False)
+    )
+    with pytest.raises(InvalidArgument, match=r"22 modules, this model 13: .*mlp.down_proj"):
+        other.load_adapter(LoadAdapter(slot="policy", directory=str(directory), digest=digest))
+
+
+@pytest.mark.parametrize("option", ["use_dora", "use_rslora", "rank_pattern", "bias"])
+def test_adapters_that_mean_something_else_are_refused_by_name(tmp_path, option):
+    value = {"rank_pattern": {"q_proj": 2}, "bias": "all"}.get(option, True)
+    config = {"r": 2, "lora_alpha": 4, option: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write_safetensors(tmp_path / "adapter_model.safetensors", {})
+    with pytest.raises(Unsupported, match=option):
+        read_adapter_directory(tmp_path)
 
 
 # Beside each other ----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Checkpoints on raw bytes, without torch: the store, snapshots and states, deltas, lineage."""
 
+from homefire.checkpoints.adapter_directory import AdapterDirectory, read_adapter_directory
 from homefire.checkpoints.delta_codec import DeltaCodec, EncodedTensor, decode_tensor, encode_tensor
 from homefire.checkpoints.directory_store import DirectoryStore
-from homefire.checkpoints.dtypes import numpy_array, raw_tensor, round_to_bf16
+from homefire.checkpoints.dtypes import numpy_array, raw_tensor, round_to_bf16, to_float32
 from homefire.checkpoints.file_digest import file_entry
 from homefire.checkpoints.lineage import check_stands_alone, resolve_chain
 from homefire.checkpoints.materialize import Held, Materialized, materialize
@@ -26,6 +27,7 @@ from homefire.wire.tensors import RawTensor, Tensors, digest_tensors, tensor_dig
 
 __all__ = [
     "TINY_NAME",
+    "AdapterDirectory",
     "CheckpointFamily",
     "CheckpointKey",
     "CheckpointKind",
@@ -55,12 +57,14 @@ __all__ = [
     "numpy_array",
     "promote",
     "raw_tensor",
+    "read_adapter_directory",
     "read_model_directory",
     "read_safetensors",
     "read_state",
     "resolve_chain",
     "round_to_bf16",
     "tensor_digest",
+    "to_float32",
     "whole_digest",
     "write_base",
     "write_delta",

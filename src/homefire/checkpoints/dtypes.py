@@ -79,6 +79,16 @@ def numpy_array(tensor: RawTensor) -> npt.NDArray[Any]:
     return tensor.data.view(_NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
+def to_float32(tensor: RawTensor) -> RawTensor:
+    """The same values in float32, exactly. KeyError for dtypes that are wider, or no floats."""
+    if tensor.dtype == "BF16":
+        wide = bit_patterns(tensor, 2).astype("<u4") << 16
+        return RawTensor("F32", tensor.shape, wide.view(np.uint8))
+    if tensor.dtype not in ("F16", "F32"):
+        raise KeyError(tensor.dtype)
+    return raw_tensor(numpy_array(tensor).astype("<f4"))
+
+
 def round_to_bf16(values: npt.NDArray[np.float32]) -> RawTensor:
     """Finite float32 values as bfloat16, rounded to nearest even as torch does."""
     bits = np.ascontiguousarray(values, dtype="<f4").reshape(-1).view("<u4")

@@ -126,7 +126,7 @@ class ControlPlane:
         processes = ProcessKeeper(
             launcher=launcher, clock=self.clock, config=self.config.keeper, wake=woken.set
         )
-        plan = ProcessPlan(self.home, self.spec.engine)
+        plan = ProcessPlan(self.home, self.spec.engine, self.spec.model_roots)
         self.reconciler = Reconciler(
             database=self.database,
             observations=self.observations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +21,7 @@ class ProcessPlan:
 
     home: Home
     engine: EngineKind
+    model_roots: Sequence[str] = ()
 
     def trainer(self, job: JobRow) -> ProcessSpec:
         config, directory = job.config, self.home.job(job.id)
@@ -43,6 +45,8 @@ class ProcessPlan:
             engine=self.engine,
             pooled=config.pooled,
             sampler=sampler_id(job.id) if config.pooled else "",
+            promoted_models=str(self.home.models),
+            model_roots=[str(self.home.models), *self.model_roots],
         )
         return ProcessSpec(
             name=name,

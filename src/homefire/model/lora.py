@@ -9,30 +9,25 @@ Axes: r rank, I inputs, O outputs of a linear layer.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from homefire.model.tensors import serving_tensors
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
-from homefire.wire.peft import PREFIX, adapted_modules, adapter_config
+from homefire.wire.peft import PREFIX, AdapterConfig, adapted_modules, adapter_config
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 _ATTENTION_WORDS = ("attn", "attention")
 
 
@@ -216,27 +211,9 @@ def peft_config(adapter: LoraAdapter, *, base_model: str) -> dict[str, Any]:
     )
 
 
-def read_peft_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and configuration of a directory that PEFT, or we, saved.
-
-    InvalidArgument names the file that is missing or damaged.
-    """
-    try:
-        tensors = load_file(directory / ADAPTER_FILE)
-        config = json.loads((directory / ADAPTER_CONFIG_FILE).read_bytes())
-    except FileNotFoundError as exc:
-        raise InvalidArgument(
-            f"{directory} is no PEFT directory: {Path(exc.filename or '').name} is missing",
-            hint=f"it must hold {ADAPTER_CONFIG_FILE} and {ADAPTER_FILE}",
-        ) from exc
-    except (ValueError, SafetensorError) as exc:
-        raise InvalidArgument(f"the adapter in {directory} cannot be read: {exc}") from exc
-    return tensors, config
-
-
 def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraAdapter:
     """The adapter of a PEFT directory. Copies, so the caller's buffers stay its own."""
-    _refuse_other_adapters(config)
+    msgspec.convert(config, AdapterConfig).refuse_other_adapters()
     layers = {
         path: LowRank(
             a=_factor(tensors, path, "A").to(torch.float32, copy=True),
@@ -252,32 +229,6 @@ def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
             f"the adapter holds {surplus[0]!r}, which is neither lora_A nor lora_B of a linear layer"
         )
     return LoraAdapter(int(config["r"]), float(config["lora_alpha"]), layers)
-
-
-_OTHER_ADAPTERS = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "use_rslora",
-)
-"""Options of PEFT under which lora_A and lora_B mean something else, or are not all there is."""
-
-
-def _refuse_other_adapters(config: Mapping[str, Any]) -> None:
-    if config.get("peft_type", "LORA") != "LORA":
-        raise Unsupported(
-            f"adapters of type {config['peft_type']} are not supported", hint="use LORA"
-        )
-    if config.get("bias", "none") != "none":
-        raise Unsupported(f"adapters with bias {config['bias']!r} are not supported", field="bias")
-    for option in _OTHER_ADAPTERS:
-        if config.get(option):
-            raise Unsupported(f"adapters with {option} are not supported", field=option)
 
 
 def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:

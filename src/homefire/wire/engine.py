@@ -247,6 +247,16 @@ class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     with_optimizer: bool
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Weights of a PEFT directory into a LoRA slot of the same rank, alpha and modules, with a fresh
+    optimizer. Clears accumulated gradients; the step count stays."""
+
+    slot: str
+    directory: str
+    digest: str
+    """Of the tensors as they were when the request was accepted."""
+
+
 class SaveRecovery(msgspec.Struct, frozen=True, tag=True):
     """All slots with optimizer, unapplied gradients and parents, to a new directory."""
 
@@ -280,6 +290,7 @@ Request = (
     | AdoptSnapshot
     | SaveState
     | LoadState
+    | LoadAdapter
     | SaveRecovery
     | LoadRecovery
     | WeightsDigest

@@ -5,8 +5,56 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
+from homefire.wire.errors import Unsupported
+
 PREFIX = "base_model.model."
 _FIRST_FACTOR = ".lora_A.weight"
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What of an `adapter_config.json` matters here."""
+
+    r: int
+    lora_alpha: float
+    peft_type: str = "LORA"
+    base_model_name_or_path: str | None = None
+    bias: str = "none"
+    alpha_pattern: dict[str, Any] | None = None
+    rank_pattern: dict[str, Any] | None = None
+    fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    modules_to_save: list[str] | None = None
+    use_bdlora: Any = None
+    use_dora: bool = False
+    use_qalora: bool = False
+    use_rslora: bool = False
+
+    def refuse_other_adapters(self) -> None:
+        """Unsupported where lora_A and lora_B mean something else, or are not all there is."""
+        if self.peft_type != "LORA":
+            raise Unsupported(
+                f"adapters of type {self.peft_type} are not supported", hint="use LORA"
+            )
+        if self.bias != "none":
+            raise Unsupported(f"adapters with bias {self.bias!r} are not supported", field="bias")
+        for option in _OTHER_ADAPTERS:
+            if getattr(self, option):
+                raise Unsupported(f"adapters with {option} are not supported", field=option)
+
+
+_OTHER_ADAPTERS = (
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+)
 
 
 def adapter_config(

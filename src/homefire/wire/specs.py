@@ -68,6 +68,10 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     sampler: str = ""
     """The deployment that samples what this job saves: ephemeral saves name sampling sessions of it.
     Empty for a dedicated job, which has none."""
+    promoted_models: str = ""
+    """Where promoted models lie, by account and id; empty: there are none."""
+    model_roots: list[str] = []
+    """Directories that a path from a client may lead into."""
     micro_batch_tokens: int = 8192
     """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
     snapshot_cap_bytes: int = 64 << 30

@@ -18,7 +18,7 @@ import numpy as np
 
 from homefire.checkpoints import DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
-from homefire.trainer.engine import embedding_passes, recovery, snapshots, states
+from homefire.trainer.engine import adapters, embedding_passes, recovery, snapshots, states
 from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
 from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
@@ -36,6 +36,7 @@ from homefire.wire.engine import (
     Forward,
     ForwardBackward,
     GradientsDiscarded,
+    LoadAdapter,
     LoadRecovery,
     LoadState,
     LoraSpec,
@@ -264,6 +265,9 @@ class SlotEngine:
 
     def load_state(self, request: LoadState) -> StateLoaded:
         return states.load_state(self._slots.get(request.slot), request)
+
+    def load_adapter(self, request: LoadAdapter) -> StateLoaded:
+        return adapters.load_adapter(self._slots.get(request.slot), request)
 
     def save_recovery(self, request: SaveRecovery) -> RecoverySaved:
         slots = self._slots.all()

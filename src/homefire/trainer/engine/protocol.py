@@ -15,6 +15,7 @@ from homefire.wire.engine import (
     Forward,
     ForwardBackward,
     GradientsDiscarded,
+    LoadAdapter,
     LoadRecovery,
     LoadState,
     ModelOpened,
@@ -68,6 +69,8 @@ class TrainingEngine(Protocol):
     def save_state(self, request: SaveState) -> StateSaved: ...
 
     def load_state(self, request: LoadState) -> StateLoaded: ...
+
+    def load_adapter(self, request: LoadAdapter) -> StateLoaded: ...
 
     def save_recovery(self, request: SaveRecovery) -> RecoverySaved: ...
 

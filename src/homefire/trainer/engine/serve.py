@@ -22,6 +22,7 @@ from homefire.wire.engine import (
     Failure,
     Forward,
     ForwardBackward,
+    LoadAdapter,
     LoadRecovery,
     LoadState,
     OpenModel,
@@ -101,6 +102,8 @@ def _dispatch_without_arrays(engine: TrainingEngine, message: Request) -> Reply:
             return engine.save_state(message)
         case LoadState():
             return engine.load_state(message)
+        case LoadAdapter():
+            return engine.load_adapter(message)
         case SaveRecovery():
             return engine.save_recovery(message)
         case LoadRecovery():

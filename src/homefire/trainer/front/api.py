@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from homefire.http.app import service_app
 from homefire.http.bodies import decode_json, json_response, read_body, read_json
 from homefire.trainer.front import operations
+from homefire.trainer.front.adapter_paths import resolve_adapter
 from homefire.trainer.front.admission import Submission
 from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, find_state, state_names
 from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
@@ -40,7 +41,6 @@ from homefire.wire.errors import (
     NotFound,
     Unavailable,
     UnknownSnapshot,
-    Unsupported,
 )
 from homefire.wire.ids import model_id
 from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
@@ -308,12 +308,17 @@ class TrainerApi:
 
     async def load_adapter(self, request: Request) -> Response:
         body = await read_json(request, tinker.LoadAdapter)
-        error = Unsupported(
-            f"load_adapter({body.adapter_path!r}) is not supported by this version",
-            hint="load a state with load_state",
-            field="adapter_path",
-        )
-        operation = refuse(OperationKind.LOAD_ADAPTER, error)
+        handle = self._admission.handle(body.model_id)
+        try:
+            operation = await asyncio.to_thread(
+                resolve_adapter,
+                body.adapter_path,
+                store=self._front.store,
+                spec=self._spec,
+                slot=handle.slot,
+            )
+        except HomefireError as error:
+            operation = refuse(OperationKind.LOAD_ADAPTER, error)
         return await self._submit(request, body.model_id, body.seq_id, operation)
 
     async def create_custom_loss(self, request: Request) -> Response:

@@ -94,6 +94,31 @@ def find_state(store: CheckpointStore, path: str, *, spec: TrainerSpec, slot: st
     raise _unknown(store, parsed, spec)
 
 
+def find_snapshot(
+    store: CheckpointStore, path: str, *, spec: TrainerSpec, slot: str
+) -> CheckpointKey:
+    """Of a committed sampler snapshot, by the same forms of paths. Blocks on the disk."""
+    states, snapshots = (
+        f"/{_SEGMENTS[family]}/" for family in (CheckpointFamily.STATE, CheckpointFamily.SAMPLER)
+    )
+    if path.startswith(_TINKER) and snapshots not in path:
+        raise InvalidArgument(
+            f"{path!r} is no sampler snapshot",
+            hint=f"tinker://<model>{snapshots}<name>",
+            field="path",
+        )
+    parsed = parse_state_path(path.replace(snapshots, states, 1), job=spec.job, slot=slot)
+    for job in _jobs(store, parsed, spec):
+        key = CheckpointKey(spec.account, job, parsed.slot, CheckpointFamily.SAMPLER, parsed.name)
+        if store.exists(key):
+            return key
+    raise UnknownSnapshot(
+        f"there is no sampler snapshot {path!r}",
+        hint="save one with save_weights_for_sampler first",
+        field="path",
+    )
+
+
 def _jobs(store: CheckpointStore, path: StatePath, spec: TrainerSpec) -> Iterator[str]:
     """Where the slot may be, likeliest first; all jobs of the account, so that an error can say
     that a run has another base model."""

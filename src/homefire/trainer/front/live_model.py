@@ -12,6 +12,7 @@ from homefire.checkpoints import CheckpointStore
 from homefire.trainer.front.engine_process import Engine, ask, expect
 from homefire.trainer.front.operations import (
     CreateHandle,
+    LoadAdapterWeights,
     LoadTrainState,
     Operation,
     Refused,
@@ -109,6 +110,8 @@ class LiveModel:
                 return await self._checkpoints.save_external(operation, handle)
             case LoadTrainState():
                 return await self._load(operation, handle)
+            case LoadAdapterWeights():
+                return await self._checkpoints.load_adapter(operation, handle)
             case CreateHandle():
                 return await self._create(operation, handle)
             case UnloadHandle():

@@ -49,7 +49,7 @@ class OperationKind(StrEnum):
     LOAD_WEIGHTS = "load_weights"
     """Replaces the weights, and clears the accumulated gradient."""
     LOAD_ADAPTER = "load_adapter"
-    """Refused by name in this version."""
+    """Replaces an adapter's weights, with a fresh optimizer."""
     CREATE_MODEL = "create_model"
     """A new handle on a slot."""
     UNLOAD_MODEL = "unload_model"
@@ -95,6 +95,14 @@ class LoadTrainState(msgspec.Struct, frozen=True, tag="load_state"):
     with_optimizer: bool
 
 
+class LoadAdapterWeights(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """What the path led to when the request was accepted; replay loads the same or says so."""
+
+    path: str
+    directory: str
+    digest: str
+
+
 class CreateHandle(msgspec.Struct, frozen=True, kw_only=True, tag="create"):
     """A new handle on a slot, which is opened if it is not yet; with `load`, a state is loaded."""
 
@@ -129,6 +137,7 @@ Operation = (
     | SaveSnapshot
     | SaveExternalWeights
     | LoadTrainState
+    | LoadAdapterWeights
     | CreateHandle
     | UnloadHandle
     | Refused
@@ -168,6 +177,8 @@ def kind_of(operation: Operation) -> OperationKind:
             return OperationKind.SAVE_WEIGHTS_EXTERNAL
         case LoadTrainState():
             return OperationKind.LOAD_WEIGHTS
+        case LoadAdapterWeights():
+            return OperationKind.LOAD_ADAPTER
         case CreateHandle():
             return OperationKind.CREATE_MODEL
         case UnloadHandle():

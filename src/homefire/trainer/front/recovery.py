@@ -17,6 +17,7 @@ from homefire.trainer.front.journal import read_journal
 from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.operations import (
     CreateHandle,
+    LoadAdapterWeights,
     LoadTrainState,
     Operation,
     OperationKind,
@@ -50,7 +51,6 @@ _CHANGING = frozenset(OperationKind) - {
     OperationKind.FORWARD,
     OperationKind.SAVE_WEIGHTS,
     OperationKind.SAVE_WEIGHTS_EXTERNAL,
-    OperationKind.LOAD_ADAPTER,
 }
 
 
@@ -148,7 +148,14 @@ class Recovery:
         match operation:
             case SaveSnapshot():
                 return await _adopt(model, handle, operation)
-            case RunPass() | StepOptimizer() | LoadTrainState() | CreateHandle() | UnloadHandle():
+            case (
+                RunPass()
+                | StepOptimizer()
+                | LoadTrainState()
+                | LoadAdapterWeights()
+                | CreateHandle()
+                | UnloadHandle()
+            ):
                 return await model.run(_request(accepted), operation, handle)
             case _:
                 return None

@@ -244,7 +244,7 @@ class Ledger:
                 handle.hole = handle.hole or Hole(request.seq, _why(record))
             case OperationKind.OPTIM_STEP:
                 handle.hole = None
-            case OperationKind.LOAD_WEIGHTS if record.ok:
+            case OperationKind.LOAD_WEIGHTS | OperationKind.LOAD_ADAPTER if record.ok:
                 handle.hole = None
                 self.has_loaded = True
             case OperationKind.CREATE_MODEL if not record.ok:

@@ -8,6 +8,7 @@ from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.trainer.front.checkpoint_paths import find_state
 from homefire.trainer.front.engine_process import Engine, ask
 from homefire.trainer.front.operations import (
+    LoadAdapterWeights,
     LoadTrainState,
     SaveExternalWeights,
     SaveSnapshot,
@@ -114,6 +115,16 @@ class SlotCheckpoints:
             with_optimizer=operation.with_optimizer,
         )
         return await ask(self._engine, message, wire.StateLoaded)
+
+    async def load_adapter(self, operation: LoadAdapterWeights, handle: Handle) -> Outcome:
+        message = wire.LoadAdapter(
+            slot=handle.slot, directory=operation.directory, digest=operation.digest
+        )
+        loaded = await ask(self._engine, message, wire.StateLoaded)
+        fields: Fields = {"name": operation.path, "with_optimizer": False, "digest": loaded.digest}
+        body = {"type": "load_adapter", "model_id": handle.model_id, "step": loaded.step}
+        result = PlainResult({**body, "adapter_path": operation.path, "digest": loaded.digest})
+        return Outcome(result, event="adapter_loaded", fields=fields)
 
     async def adopt_snapshot(self, slot: str, name: str) -> bool:
         """False for a snapshot that was deleted since: it is nobody's parent any more."""

@@ -321,7 +321,7 @@ async def test_sampling_and_unknown_calls_are_refused_by_name(start_front) -> No
             "save_weights_for_sampler", model, 1, sampling_session_seq_id=0
         )
         assert ephemeral["error_class"] == "unsupported"
-        adapter = await client.call("load_adapter", model, 2, adapter_path="a")
+        adapter = await client.call("load_adapter", model, 2, adapter_path="gs://bucket/a")
         assert adapter["error_class"] == "unsupported"
         unknown = await client.post("no_such_call")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")

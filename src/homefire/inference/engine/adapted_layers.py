@@ -44,13 +44,16 @@ def segments(
             by_id[id(adapter)] = adapter
             spans.setdefault(id(adapter), []).append((start, start + length))
         start += length
-    return [Segment(by_id[key], _rows(found)) for key, found in spans.items()]
+    return [
+        Segment(adapter, _rows(spans[key], next(iter(adapter.layers.values())).a.device))
+        for key, adapter in by_id.items()
+    ]
 
 
-def _rows(spans: list[tuple[int, int]]) -> slice | Tensor:
+def _rows(spans: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
     if all(end == start for (_, end), (start, _) in pairwise(spans)):
         return slice(spans[0][0], spans[-1][1])
-    return torch.cat([torch.arange(start, end) for start, end in spans])
+    return torch.cat([torch.arange(start, end, device=device) for start, end in spans])
 
 
 class AdaptedLayers:
@@ -90,11 +93,11 @@ class _Part:
     rows: slice | Tensor
 
     def add_to(self, output_TO: Tensor, input_TI: Tensor) -> None:
-        low = F.linear(input_TI[self.rows], self.layer.a) * self.scaling
+        low = F.linear(input_TI[self.rows], self.layer.a)
         if isinstance(self.rows, slice):
-            output_TO[self.rows].addmm_(low, self.layer.b.t())
+            output_TO[self.rows].addmm_(low, self.layer.b.t(), alpha=self.scaling)
         else:
-            output_TO.index_add_(0, self.rows.to(output_TO.device), F.linear(low, self.layer.b))
+            output_TO.index_add_(0, self.rows, F.linear(low, self.layer.b), alpha=self.scaling)
 
 
 def _parts(path: str, routed: Segments) -> list[_Part]:

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -196,6 +197,48 @@ async def test_more_adapters_than_fit_take_turns_and_all_answer_right(
             )
         )
     assert [tokens_of(result) for result in results] == [[token] * 4 for token in order]
+
+
+async def test_no_answer_mixes_weights_while_sessions_of_all_kinds_come_and_go(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    """Canaries: all tokens of a sample are the one that its session's snapshot promises."""
+    for token in (11, 12, 13):
+        snapshots.adapter(token, run=RUN, name=f"lora-{token}")
+    for token in (3, 4):
+        snapshots.full(token, run=RUN, name=f"full-{token}")
+    names = ["lora-11", "full-3", "lora-12", "", "lora-13", "full-4"]
+    random = Random(1)
+    async with start_replica(**SAMPLER, max_adapters=2, max_running=8) as caller:
+        base = tokens_of(await sampled(caller, [1], params={"max_tokens": 12, "stop": []}))
+
+        async def client(number: int) -> tuple[str, Any]:
+            name = random.choice(names)
+            request_id = await asample(
+                caller,
+                [1],
+                sampling_session_id=session(run=RUN, name=name) if name else session(),
+                params={"max_tokens": random.randint(1, 12), "stop": []},
+                num_samples=(num_samples := random.randint(1, 4)),
+                seq_id=number,
+                **({"prompt_logprobs": True} if num_samples % 2 else {}),
+            )
+            if number % 7 == 0:
+                await caller.post("/api/v1/cancel_future", {"request_id": request_id})
+            return name, (await retrieve(caller, request_id)).json()
+
+        answers = await asyncio.gather(*(client(number) for number in range(200)))
+        await caller.until_idle()
+    finished = [(name, result) for name, result in answers if "error" not in result]
+    assert len(finished) >= 170
+    for name, result in finished:
+        assert result["homefire"]["weights"]["identity"] == (name or "base")
+        for sequence in result["sequences"]:
+            if name:
+                assert set(sequence["tokens"]) == {int(name.rpartition("-")[2])}
+            else:
+                assert sequence["tokens"] == base[: len(sequence["tokens"])]
+    assert {name for name, _ in finished} == set(names)
 
 
 # futures -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import socket
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tinker
 import uvicorn
 
 from contract.cells import versions
@@ -26,6 +28,8 @@ from homefire.wire.specs import EngineKind, ReplicaSpec, Upstream
 
 TOLERANCE = 1e-4
 PROMPT = list(b"homefire trains")
+TEXT = list(b"homefire trains what you own")
+WAIT_S = 120.0
 
 pytestmark = pytest.mark.parametrize("version", versions("openai"), scope="module")
 
@@ -270,6 +274,56 @@ def rendered(speaker: Speaker, messages: Any, **options: Any) -> list[int]:
     return speaker.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
     )
+
+
+@pytest.fixture
+def trained(speaker) -> Iterator[dict[str, list[float]]]:
+    """Paths of two snapshots of one adapter, with the trainer's own logprobs of the text at each."""
+    text = tinker.ModelInput.from_ints(TEXT[:-1])
+    targets = tinker.TensorData(data=TEXT[1:], dtype="int64", shape=[len(TEXT) - 1])
+    datum = tinker.Datum(model_input=text, loss_fn_inputs={"target_tokens": targets})
+    client = tinker.ServiceClient(base_url=speaker.server.url, api_key=speaker.server.api_key)
+    model = client.create_lora_training_client(speaker.base_model, rank=8, seed=1).result(WAIT_S)
+    found: dict[str, list[float]] = {}
+    for step in range(2):
+        model.forward_backward([datum], "cross_entropy").result(WAIT_S)
+        model.optim_step(tinker.AdamParams(learning_rate=0.02)).result(WAIT_S)
+        saved = model.save_weights_for_sampler(name=f"step-{step}").result(WAIT_S)
+        (output,) = model.forward([datum], "cross_entropy").result(WAIT_S).loss_fn_outputs
+        found[saved.path] = output["logprobs"].data
+    yield found
+    client.close("success").result(WAIT_S)
+    del client, model
+    gc.collect()  # tinker leaves a socket open, which no later test should hear of
+
+
+@pytest.mark.clients
+@cell("model: LoRA snapshot of the root plane")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_snapshots_are_scored_as_their_trainer_scored_them(speaker, trained, version):
+    found = run_client(
+        ENVIRONMENTS["openai", version],
+        "openai_snapshots.py",
+        speaker.server,
+        speaker.base_model,
+        *trained,
+    )
+    base = speaker.logprobs(TEXT[:1], TEXT[1:])
+    expected = {speaker.base_model: base, **trained}
+    for scores in found["scores"]:
+        assert list(scores) == list(expected)
+        for model, score in scores.items():
+            assert score["logprobs"] == pytest.approx(expected[model], abs=TOLERANCE)
+    first, second = trained
+    assert sum(base) < sum(trained[first]) < sum(trained[second])
+    assert [score["weights"] for score in found["scores"][0].values()] == [
+        "base",
+        "step-0",
+        "step-1",
+    ]
+    assert found["scores"][0][first]["model"] == first
+    assert found["chat"] == second
+    assert found.refusal("absent") == "unknown_snapshot"
 
 
 class BusyReplica:

@@ -114,8 +114,9 @@ def test_what_is_so_already_is_not_also_a_transition() -> None:
     assert JOB_ALREADY.isdisjoint(JOB_TRANSITIONS)
 
 
-def test_nothing_leads_out_of_a_tombstone() -> None:
-    assert not [state for state, _ in JOB_TRANSITIONS if state is JobState.DELETED]
+def test_nothing_leads_out_of_a_tombstone_but_a_new_model_of_the_root_plane() -> None:
+    events = [event for state, event in JOB_TRANSITIONS if state is JobState.DELETED]
+    assert events == [JobEvent.REVIVE]
 
 
 def test_every_stored_state_leads_to_a_tombstone_when_the_user_deletes() -> None:

@@ -26,14 +26,15 @@ _GONE = 410
 
 
 async def create_session(plane: ControlPlane, request: Request) -> Response:
-    body = await read_json(request, CreateSession)
-    session = await plane.tinker.sessions.create(account_of(request), body)
+    account = account_of(request)
+    session = await plane.tinker.sessions.create(account, await read_json(request, CreateSession))
     return json_response(SessionCreated(session.id))
 
 
 async def heartbeat(plane: ControlPlane, request: Request) -> Response:
+    account = account_of(request)
     body = await read_json(request, SessionRef)
-    session = await plane.tinker.sessions.heartbeat(account_of(request), body.session_id)
+    session = await plane.tinker.sessions.heartbeat(account, body.session_id)
     if session.finished_at is not None:
         error = FailedPrecondition(f"session {session.id} was finished ({session.finish_reason})")
         return respond(request, error, status=_GONE)
@@ -41,9 +42,10 @@ async def heartbeat(plane: ControlPlane, request: Request) -> Response:
 
 
 async def finish_session(plane: ControlPlane, request: Request) -> Response:
+    account = account_of(request)
     body = await read_json(request, FinishSession)
     await plane.tinker.sessions.finish(
-        account_of(request),
+        account,
         request.path_params["session"],
         reason=body.reason.type if body.reason else "success",
         detail=body.detail or "",
@@ -58,8 +60,8 @@ async def capabilities(plane: ControlPlane, request: Request) -> Response:
 
 
 async def create_sampling_session(plane: ControlPlane, request: Request) -> Response:
-    body = await read_json(request, CreateSamplingSession)
     account = account_of(request)
+    body = await read_json(request, CreateSamplingSession)
     created = await plane.tinker.samplers.create_session(account, body)
     await plane.until_route_is_current(account, service_of(created))
     return json_response(SamplingSessionCreated(created))

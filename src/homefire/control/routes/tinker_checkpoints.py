@@ -69,12 +69,13 @@ async def unpublish(plane: ControlPlane, request: Request) -> Response:
 
 
 async def set_ttl(plane: ControlPlane, request: Request) -> Response:
+    account = account_of(request)
     ttl_seconds = (await read_json(request, TtlRequest)).ttl_seconds
     if ttl_seconds is msgspec.UNSET:
         raise InvalidArgument(
             "ttl_seconds is missing", hint="use a number of seconds, or null", field="ttl_seconds"
         )
-    await plane.management.checkpoints.set_ttl(account_of(request), _path(request), ttl_seconds)
+    await plane.management.checkpoints.set_ttl(account, _path(request), ttl_seconds)
     return json_response({})
 
 
@@ -96,16 +97,16 @@ async def external_weights_urls(plane: ControlPlane, request: Request) -> Respon
 
 async def weights_info(plane: ControlPlane, request: Request) -> Response:
     """Also of another account's published checkpoint."""
-    asked = await read_json(request, WeightsInfo)
+    account, asked = account_of(request), await read_json(request, WeightsInfo)
     path = parse_checkpoint_path(asked.tinker_path, field="tinker_path")
-    run, manifest = await plane.management.checkpoints.readable(account_of(request), path)
+    run, manifest = await plane.management.checkpoints.readable(account, path)
     return json_response(weights_description(manifest, base_model=run.base_model))
 
 
 async def copy_weights(plane: ControlPlane, request: Request) -> Response:
-    asked = await read_json(request, CopyWeightsRequest)
+    account, asked = account_of(request), await read_json(request, CopyWeightsRequest)
     key = request.headers.get("x-idempotency-key", "")
-    path = await plane.management.copies.copy(account_of(request), asked, idempotency_key=key)
+    path = await plane.management.copies.copy(account, asked, idempotency_key=key)
     return json_response(CopyWeightsAnswer(str(path)))
 
 

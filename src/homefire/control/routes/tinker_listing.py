@@ -69,9 +69,9 @@ async def get_session(plane: ControlPlane, request: Request) -> Response:
 
 
 async def assign_project(plane: ControlPlane, request: Request) -> Response:
-    asked = await read_json(request, ProjectRequest)
+    account, asked = account_of(request), await read_json(request, ProjectRequest)
     session = request.path_params["session"]
-    await plane.management.listing.assign_project(account_of(request), session, asked.project_id)
+    await plane.management.listing.assign_project(account, session, asked.project_id)
     return json_response({})
 
 

@@ -24,6 +24,7 @@ from homefire.wire.errors import (
     InvalidArgument,
     NotFound,
     Overloaded,
+    Unavailable,
     Unsupported,
     WeightsMismatch,
 )
@@ -176,10 +177,13 @@ class SamplingRoutes:
         _refuse_unknown(unknown)
         _check_model_path(asked, session)
         order = order_sample(asked, self._replica.tokenizer, self._replica.limits)
-        for _ in range(_ATTEMPTS - 1):
+        for _ in range(_ATTEMPTS):
             with suppress(WeightsMismatch):
                 return await self._generate(session, order)
-        return await self._generate(session, order)
+        raise Unavailable(
+            f"the sampler's weights were changed from outside {_ATTEMPTS} times",
+            hint="do not hot-load into a sampler; sampling sessions load what they need",
+        )
 
     async def _generate(self, session: SamplingSession, order: SampleOrder) -> SampleOutput:
         replica, engine = self._replica, self._replica.engine

@@ -17,9 +17,12 @@ import pytest
 from homefire.foundation.clock import ManualClock
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.opening import open_engine
+from homefire.inference.engine.protocol import ServedWeights
 from homefire.inference.replica import tinker_futures, tinker_routes
+from homefire.inference.replica.session_weights import SessionWeights
 from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.wire import tinker_sampling_pb2 as pb
+from homefire.wire.ids import Identity
 from homefire.wire.manifest import whole_digest
 from homefire.wire.pooled import service_of
 from unit.inference.canaries import Snapshots
@@ -746,3 +749,17 @@ async def test_weights_changed_from_outside_are_put_back_for_a_session(
             *(sampled(caller, [1], sampling_session_id=wanted, seq_id=1 + i) for i in range(5))
         )
     assert [tokens_of(result) for result in results] == [[3] * 4] * 5
+
+
+async def test_weights_that_never_serve_are_no_answer_and_no_failure_of_the_request(
+    start_replica: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody swaps again and again: the sample is lost, and its client samples again."""
+
+    async def ghost(*_: Any) -> ServedWeights:
+        return ServedWeights(Identity("ghost"), "0" * 64)
+
+    monkeypatch.setattr(SessionWeights, "_enter", ghost)
+    async with start_replica(**SAMPLER) as caller:
+        answered = await retrieve(caller, await asample(caller, [1, 2]))
+    assert answered.status == 410

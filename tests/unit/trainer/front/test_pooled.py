@@ -23,6 +23,7 @@ from homefire.wire.engine import (
     OptimStep,
     SaveSampler,
 )
+from homefire.wire.errors import InvalidArgument
 from homefire.wire.pooled import run_job_id
 from homefire.wire.specs import TrainerMode
 from unit.trainer.front.conftest import Orders, make_datum
@@ -130,6 +131,19 @@ async def test_an_unloaded_models_slot_is_closed_and_its_use_is_a_users_error(st
         assert (failed["error_class"], failed["category"]) == ("failed_precondition", "user")
         assert "was unloaded" in failed["error"]
         await client.train(other, 1, 1)
+
+
+async def test_a_closed_slot_is_closed_again_by_a_replay(start_pool) -> None:
+    async with start_pool(crash=True) as client:
+        model, other = await create(client), await create(client, SESSIONS[1])
+        await client.train(model, 1, 1)
+        await client.result(
+            (await client.post("unload_model", model_id=model)).json()["request_id"]
+        )
+    async with start_pool() as client:
+        await client.train(other, 1, 1)
+        with pytest.raises(InvalidArgument, match="is not open"):
+            await client.digest(model)
 
 
 async def test_a_finished_session_takes_its_own_models_along_and_no_others(start_pool) -> None:

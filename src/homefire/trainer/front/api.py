@@ -45,6 +45,7 @@ from homefire.wire.errors import (
 from homefire.wire.ids import model_id
 from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
 from homefire.wire.manifest import Manifest
+from homefire.wire.optim_step import OptimStepRequest
 
 MAX_STATUS_WAIT_S = 30.0
 
@@ -244,7 +245,7 @@ class TrainerApi:
         return promise(await self._admission.accept_in_order(model, seq, submission), model)
 
     async def optim_step(self, request: Request) -> Response:
-        body = await read_json(request, tinker.OptimStepRequest)
+        body = await read_json(request, OptimStepRequest)
         return await self._submit(request, body.model_id, body.seq_id, step_optimizer(body))
 
     async def save_weights(self, request: Request) -> Response:

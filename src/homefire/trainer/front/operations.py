@@ -20,13 +20,8 @@ from homefire.wire.engine import (
     SlotKind,
 )
 from homefire.wire.errors import ErrorRecord, HomefireError, InvalidArgument
-from homefire.wire.tinker import (
-    AdamFields,
-    OptimStepRequest,
-    Pass,
-    RejectedPass,
-    adam_fields,
-)
+from homefire.wire.optim_step import AdamFields, OptimStepRequest, adam_fields
+from homefire.wire.tinker import Pass, RejectedPass
 
 BASE_ONLY_KEY = "homefire.base_only"
 

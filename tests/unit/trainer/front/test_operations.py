@@ -15,7 +15,8 @@ from homefire.trainer.front.operations import (
 )
 from homefire.trainer.front.save_requests import save_snapshot
 from homefire.wire.engine import AdamParams, GradNormalization
-from homefire.wire.tinker import OptimStepRequest, Pass, Row, SaveWeightsForSampler, TensorValue
+from homefire.wire.optim_step import OptimStepRequest
+from homefire.wire.tinker import Pass, Row, SaveWeightsForSampler, TensorValue
 
 
 def optim_step(body: str) -> StepOptimizer | Refused:

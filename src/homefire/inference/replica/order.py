@@ -232,7 +232,9 @@ def _check_prompt(prompt: list[int], limits: ModelLimits, *, needs_room: bool) -
         raise InvalidArgument("the prompt is empty", hint="send at least one token", field="prompt")
     if len(prompt) + needs_room > limits.max_context_length:
         raise SequenceTooLong(
-            f"the prompt has {len(prompt)} tokens, the context {limits.max_context_length}",
+            # Clients tell an overlong prompt by these words, which are vLLM's.
+            f"the prompt has {len(prompt)} tokens, but this model's maximum context length is"
+            f" {limits.max_context_length}",
             hint="shorten the prompt" + (", leaving room for a new token" if needs_room else ""),
             field="prompt",
         )

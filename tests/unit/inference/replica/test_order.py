@@ -167,3 +167,9 @@ def test_the_name_of_a_special_token_stops_at_that_token(order: Any) -> None:
 
 def test_as_many_choices_as_wanted_are_the_best_of_themselves(order: Any) -> None:
     assert order(best_of=2, n=2).num_choices == 2
+
+
+def test_an_overlong_prompt_is_told_in_the_words_that_clients_look_for(order: Any) -> None:
+    """`verifiers` ends a rollout cleanly when it reads them, and fails it otherwise."""
+    with pytest.raises(SequenceTooLong, match="this model's maximum context length is 32"):
+        order(prompt=[1] * 40)

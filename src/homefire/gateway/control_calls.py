@@ -19,7 +19,7 @@ from homefire.wire.internal import NewRun, RunPlace, SamplerPlace, SnapshotRef, 
 from homefire.wire.pooled import session_of
 
 log = logging.getLogger(__name__)
-_MOST_RUNS = 10_000
+REMEMBERED_RUNS = 10_000
 _TIMEOUT_S = 30.0
 Answer = TypeVar("Answer")
 
@@ -30,8 +30,11 @@ class ControlCalls:
     The job of a run never changes, so it is asked once: with control down, known runs go on.
     """
 
-    def __init__(self, feed: RouteFeed, clock: Clock, holds: Holds) -> None:
+    def __init__(
+        self, feed: RouteFeed, clock: Clock, holds: Holds, *, remembered: int = REMEMBERED_RUNS
+    ) -> None:
         self._feed = feed
+        self._remembered = remembered
         self._clock = clock
         self._holds = holds
         self._client = ServiceClient(feed.control, timeout_s=_TIMEOUT_S)
@@ -69,7 +72,7 @@ class ControlCalls:
             )
             self._samplers[key] = place.sampler
         self._samplers.move_to_end(key)
-        if len(self._samplers) > _MOST_RUNS:
+        if len(self._samplers) > self._remembered:
             self._samplers.popitem(last=False)
         return self._samplers[key]
 
@@ -127,7 +130,7 @@ class ControlCalls:
     def _remember(self, account: str, place: RunPlace) -> None:
         self._jobs[account, place.run] = place.job
         self._jobs.move_to_end((account, place.run))
-        if len(self._jobs) > _MOST_RUNS:
+        if len(self._jobs) > self._remembered:
             self._jobs.popitem(last=False)
 
 

@@ -10,8 +10,12 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from homefire.foundation.clock import ManualClock
+from homefire.gateway.control_calls import ControlCalls
 from homefire.gateway.promises import Creation, creation_promise
+from homefire.gateway.route_feed import RouteFeed
 from homefire.gateway.routing import Holds
+from homefire.gateway.upstreams import Upstreams
 from homefire.wire.internal import NewRun, RunPlace, Wake
 from homefire.wire.pooled import SamplingSession
 
@@ -54,7 +58,8 @@ class ScriptedControl:
                 self.on_wake()
             return web.json_response({})
         self.found.append(f"{request.match_info['path']}?{request.query_string}")
-        return web.Response(body=msgspec.json.encode(RunPlace(RUN, POOL)))
+        run = request.path.rpartition("/")[2]
+        return web.Response(body=msgspec.json.encode(RunPlace(run, POOL)))
 
 
 @pytest.fixture
@@ -172,6 +177,43 @@ async def test_a_run_is_asked_for_once_and_known_ones_go_on_without_control(stac
     unknown = await client.post("/api/v1/optim_step", json={"model_id": "ts-2:train:0"})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (503, "unavailable")
     assert len(trainer.requests) == 3
+
+
+async def test_the_least_recently_used_run_is_forgotten_first(stack, scripted):
+    await stack.start()
+    upstreams = Upstreams()
+    feed = RouteFeed(stack.control.service.upstream, upstreams)
+    calls = ControlCalls(feed, ManualClock(), Holds(request_s=0.0), remembered=2)
+    for run in ("a", "b", "a", "c", "a", "b"):
+        assert await calls.job_of("local", run) == POOL
+    await calls.close()
+    await upstreams.close()
+    asked = [found.partition("?")[0].rpartition("/")[2] for found in scripted.found]
+    assert asked == ["a", "b", "c", "b"]
+
+
+async def test_a_model_waits_for_the_return_of_control(stack, scripted):
+    stack.use_holds(Holds(request_s=60, look_again_s=0.01))
+    await stack.trainer(POOL)
+    client = await stack.start()
+    await client.get("/v1/accounts")
+    await stack.control.service.stop()
+    waiting = asyncio.create_task(client.post("/api/v1/create_model", json=CREATE))
+    await asyncio.sleep(0)
+    await stack.control.service.start()
+    assert (await waiting).json()["path"] == "/api/v1/create_model"
+    assert len(scripted.placed) == 1
+
+
+async def test_polls_wait_while_control_cannot_wake_what_they_are_for(stack):
+    stack.route_trainer(POOL, None, "JOB_STATE_PAUSED", "parked")
+    stack.route_deployment(SAMPLER, [])
+    client = await stack.start()
+    await client.get("/v1/accounts")
+    await stack.control.service.stop()
+    for request_id in (f"{POOL}.aa", f"{SAMPLER}.aa"):
+        answer = await client.post("/api/v1/retrieve_future", json={"request_id": request_id})
+        assert answer.status_code == 408
 
 
 async def test_a_finished_sessions_runs_are_asked_for_again(stack, scripted):

@@ -82,6 +82,21 @@ async def test_a_snapshot_that_only_its_sampling_session_knows_is_in_no_list(roo
     assert described["last_sampler_checkpoint"]["checkpoint_id"] == "sampler_weights/step-1"
 
 
+@pytest.mark.parametrize(
+    ("release", "count"),
+    [("0.15.0", 2), ("0.27.3", 2), ("0.28.0", 3), ("0.38.0", 3), ("1.0", 3), ("", 3), ("x", 3)],
+)
+async def test_external_weights_are_listed_for_clients_that_know_them(root, release, count):
+    """Older ones validate the type and would lose the whole list."""
+    for family in CheckpointFamily:
+        root.save("mark", family)
+    headers = {"x-stainless-package-version": release}
+    of_run = await root.call("GET", CHECKPOINTS, headers=headers)
+    of_all = await root.call("GET", "checkpoints?limit=1", headers=headers)
+    assert len(of_run["checkpoints"]) == count
+    assert of_all["cursor"]["total_count"] == count
+
+
 async def test_an_expired_checkpoint_is_gone_for_every_call(root):
     root.save("mark", expires_at=root.clock.now() + 3601.0)
     assert await root.names() == ["weights/mark"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from email.utils import formatdate
 
 import msgspec
@@ -17,6 +18,7 @@ from homefire.http.app import account_of
 from homefire.http.bodies import json_response, read_json
 from homefire.wire.checkpoint_paths import CheckpointPath, checkpoint_in, parse_checkpoint_path
 from homefire.wire.errors import InvalidArgument
+from homefire.wire.manifest import CheckpointFamily, Manifest
 from homefire.wire.tinker import WeightsInfo
 from homefire.wire.tinker_rest import (
     CheckpointList,
@@ -29,20 +31,24 @@ from homefire.wire.tinker_rest import (
 )
 
 _DEFAULT_LIMIT = 100
+_RELEASE = re.compile(r"^(\d{1,6})\.(\d{1,6})")
+_KNOWS_EXTERNAL_WEIGHTS = (0, 28)
 _ALL = "/api/v1/training_runs/{run}/checkpoints"
 _ONE = f"{_ALL}/{{kind}}/{{name}}"
 
 
 async def list_of_account(plane: ControlPlane, request: Request) -> Response:
     window = Window.of(request.query_params, default=_DEFAULT_LIMIT)
-    manifests = await plane.management.checkpoints.of_account(account_of(request))
+    found = await plane.management.checkpoints.of_account(account_of(request))
+    manifests = _known_to_client(request, found)
     cursor = Cursor(window.offset, window.limit, len(manifests))
     return json_response(CheckpointList([checkpoint(m) for m in window.cut(manifests)], cursor))
 
 
 async def list_of_run(plane: ControlPlane, request: Request) -> Response:
     run = request.path_params["run"]
-    manifests = await plane.management.checkpoints.of_run(account_of(request), run)
+    found = await plane.management.checkpoints.of_run(account_of(request), run)
+    manifests = _known_to_client(request, found)
     return json_response(CheckpointList([checkpoint(m) for m in manifests]))
 
 
@@ -108,6 +114,14 @@ async def copy_weights(plane: ControlPlane, request: Request) -> Response:
     key = request.headers.get("x-idempotency-key", "")
     path = await plane.management.copies.copy(account, asked, idempotency_key=key)
     return json_response(CopyWeightsAnswer(str(path)))
+
+
+def _known_to_client(request: Request, manifests: list[Manifest]) -> list[Manifest]:
+    """An older client refuses a whole list over one checkpoint of a type that it does not know."""
+    match = _RELEASE.match(request.headers.get("x-stainless-package-version", ""))
+    if match is None or (int(match[1]), int(match[2])) >= _KNOWS_EXTERNAL_WEIGHTS:
+        return manifests
+    return [m for m in manifests if m.family is not CheckpointFamily.EXTERNAL]
 
 
 def _path(request: Request) -> CheckpointPath:

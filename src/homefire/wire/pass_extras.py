@@ -18,6 +18,8 @@ from homefire.wire.losses import Config
 
 TOP_K = "top_k"
 MAX_TOP_K = 1024
+MAX_TOP_ELEMENTS = 1 << 26
+"""Tokens times `top_k` of one request; each costs 12 bytes of its answer."""
 EMBEDDING_GRADS = "embedding_grads"
 _OUTPUT = "output"
 Choice = TypeVar("Choice", bound=StrEnum)

@@ -416,14 +416,17 @@ class PassOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def output_json(output: PassOutput) -> dict[str, Any]:
+    dtypes = {name: array.dtype for name, array in output.arrays.items()}
     return {
         "loss_fn_output_type": OUTPUT_TYPE,
         "loss_fn_outputs": [
-            {name: _tensor_json(array) for name, array in row.items()} for row in output.rows()
+            {name: _tensor_json(array, dtypes[name]) for name, array in row.items()}
+            for row in output.rows()
         ],
         "metrics": output.metrics,
     }
 
 
-def _tensor_json(array: Array) -> dict[str, Any]:
-    return {"data": array.ravel().tolist(), "dtype": array.dtype.name, "shape": list(array.shape)}
+def _tensor_json(array: Array, dtype: str) -> dict[str, Any]:
+    """`dtype` is the array's; asking numpy for its name takes longer than the rest."""
+    return {"data": array.ravel().tolist(), "dtype": dtype, "shape": list(array.shape)}

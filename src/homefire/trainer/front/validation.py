@@ -26,7 +26,12 @@ from homefire.wire.losses import (
     loss_definition,
     require_threshold,
 )
-from homefire.wire.pass_extras import EMBEDDING_GRADS, EmbeddingPass, read_extras
+from homefire.wire.pass_extras import (
+    EMBEDDING_GRADS,
+    MAX_TOP_ELEMENTS,
+    EmbeddingPass,
+    read_extras,
+)
 from homefire.wire.tinker import Pass, Row, RowArrays, TensorValue
 
 
@@ -85,10 +90,22 @@ def check_batch(body: Pass, limits: Limits) -> Batch:
         _check_tokens(row, index, limits)
     if extras.embedding is not None:
         return _embedding_batch(body, extras.embedding)
+    if extras.top_k is not None:
+        _check_top_elements(body, extras.top_k)
     loss = loss_definition(body.loss_fn, extras.loss_config)
     for index, row in enumerate(body.rows):
         _check_inputs(row, index, loss, limits, body.loss_fn)
     return _pack(body, loss)
+
+
+def _check_top_elements(body: Pass, top_k: int) -> None:
+    num_tokens = sum(row.num_tokens for row in body.rows)
+    if num_tokens * top_k > MAX_TOP_ELEMENTS:
+        raise InvalidArgument(
+            f"top_k {top_k} of {num_tokens} tokens is more than {MAX_TOP_ELEMENTS} values",
+            hint="send fewer datums at a time",
+            field="loss_fn_config.top_k",
+        )
 
 
 def _embedding_batch(body: Pass, asked: EmbeddingPass) -> Batch:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from homefire.trainer.front import validation
 from homefire.trainer.front.validation import Batch, Limits, check_batch
 from homefire.wire import errors
 from homefire.wire.tinker import Pass, Row, TensorValue, token_bytes
@@ -69,6 +70,18 @@ def test_the_likeliest_tokens_are_cut_by_row() -> None:
     cut = check_batch(body, LIMITS).unpack(reply)["top_k_indices"]
     assert cut.dtype == "int64"
     assert [r.tolist() for r in cut.rows()] == [[[0, 1], [2, 3]], [[4, 5]]]
+
+
+def test_an_answer_of_too_many_likeliest_tokens_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation, "MAX_TOP_ELEMENTS", 5)
+    rows = [row([1, 2], target_tokens=ints(2, 3)), row([4], target_tokens=ints(5))]
+    body = Pass(
+        rows=rows, loss_fn="cross_entropy", loss_fn_config={"top_k": 2.0}, forward_only=True
+    )
+    with pytest.raises(errors.InvalidArgument, match="top_k 2 of 3 tokens"):
+        check_batch(body, LIMITS)
 
 
 def embedding_pass(*rows: Row, forward_only: bool = False, **config: float | str) -> Batch:

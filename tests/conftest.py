@@ -142,6 +142,16 @@ def homefire_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartHomef
 
     Example: `server = homefire_up(engine="fake", arguments=["--alias", "a/b=tiny"])`.
     """
+    yield from _homefires(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def shared_homefire_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartHomefire]:
+    """The same, stopped after the last test: for servers that several modules share."""
+    yield from _homefires(tmp_path_factory)
+
+
+def _homefires(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartHomefire]:
     running: list[RunningHomefire] = []
 
     def start(

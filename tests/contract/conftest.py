@@ -1,4 +1,5 @@
-"""Records what became of every cell of the compatibility matrix; see `cells.py` and `matrix.py`."""
+"""Records what became of every cell of the compatibility matrix (see `cells.py` and `matrix.py`), and
+runs the scripts of the `tinker` client."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from conftest import RunningHomefire, StartHomefire
 from contract.cells import BadCell, Ledger, only_whole_modules
+from contract.clients import ClientFindings, run_client
+from contract.environments import ENVIRONMENTS
 
 _LEDGER = pytest.StashKey[Ledger]()
 
@@ -48,3 +52,40 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     cells = session.config.getoption("--cells", None)  # absent in a run of all of tests/
     if cells is not None and only_whole_modules(session.config.args):
         session.config.stash[_LEDGER].write(cells)
+
+
+@pytest.fixture(scope="session")
+def tinker_root(shared_homefire_up: StartHomefire) -> RunningHomefire:
+    """One server for all tests of the `tinker` client at the root."""
+    return shared_homefire_up()
+
+
+class ScriptRuns:
+    """Each script once for each release; what it found, or how it failed, is kept."""
+
+    def __init__(self, server: RunningHomefire) -> None:
+        self._server = server
+        self._outcomes: dict[tuple[str, str], ClientFindings | BaseException] = {}
+
+    def __call__(self, version: str, script: str) -> ClientFindings:
+        key = version, script
+        if key not in self._outcomes:
+            self._outcomes[key] = self._run(version, script)
+        outcome = self._outcomes[key]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _run(self, version: str, script: str) -> ClientFindings | BaseException:
+        try:
+            return run_client(
+                ENVIRONMENTS["tinker", version], script, self._server, timeout_s=280.0
+            )
+        except pytest.fail.Exception as exc:
+            return exc
+
+
+@pytest.fixture(scope="session")
+def run_tinker(tinker_root: RunningHomefire) -> ScriptRuns:
+    """`run_tinker("0.38.0", "tinker_training.py")["custom_loss"]` is what that step found."""
+    return ScriptRuns(tinker_root)

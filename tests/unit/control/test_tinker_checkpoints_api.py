@@ -214,14 +214,14 @@ async def test_weights_info_tells_how_to_make_a_model_for_the_checkpoint(root):
     assert refused["error"]["param"] == "tinker_path"
 
 
-async def test_weights_info_of_all_parameters_names_no_rank(root, bench):
+async def test_weights_info_of_all_parameters_says_rank_0(root, bench):
     run = f"{SESSION}:train:1"
     await root.run(run, lora_rank=0, base_model="accounts/fireworks/models/qwen3-8b")
     bench.save_state("mark", job=JOB, slot=run)
     body = {"tinker_path": f"tinker://{run}/weights/mark"}
     described = await root.call("POST", "weights_info", body)
     assert described["base_model"] == "accounts/fireworks/models/qwen3-8b"
-    assert (described["is_lora"], described["lora_rank"]) == (False, None)
+    assert (described["is_lora"], described["lora_rank"]) == (False, 0)
 
 
 async def test_a_published_checkpoint_can_be_described_by_others(root):

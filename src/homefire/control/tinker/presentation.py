@@ -92,7 +92,8 @@ def text_metadata(metadata: Mapping[str, object]) -> dict[str, str] | None:
 def weights_description(manifest: Manifest, *, base_model: str) -> WeightsDescription:
     lora = manifest.lora
     if lora is None:
-        return WeightsDescription(base_model=base_model, is_lora=False)
+        # Releases of tinker before 0.38 create the run again with this rank; 0 trains all parameters.
+        return WeightsDescription(base_model=base_model, is_lora=False, lora_rank=0)
     return WeightsDescription(
         base_model=base_model,
         is_lora=True,

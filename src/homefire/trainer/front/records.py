@@ -121,7 +121,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     """First record of a segment: the state so far, so that earlier segments can be deleted."""
 
     position: int
-    steps: dict[str, int]
+    steps: dict[str, int] = {}
     sessions: list[str]
     handles: list[Handle]
     num_accepted: int

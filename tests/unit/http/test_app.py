@@ -77,6 +77,14 @@ async def test_an_error_is_answered_with_its_code_hint_and_request_id(client):
         "request_id": "r-7",
         "type": "invalid_request_error",
         "param": None,
+        "details": [
+            {
+                "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                "reason": "SUPERSEDED",
+                "domain": "homefire",
+                "metadata": {"request_id": "r-7"},
+            }
+        ],
     }
 
 

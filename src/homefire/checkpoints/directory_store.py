@@ -26,6 +26,7 @@ from homefire.checkpoints.lineage import check_stands_alone
 from homefire.checkpoints.manifest_file import encode_manifest, read_manifest
 from homefire.checkpoints.staging import discard_directory, remove_leftovers, staging_directory
 from homefire.checkpoints.store import CheckpointKey, Staged
+from homefire.checkpoints.summaries import Summaries
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.durable import publish_directory, sync_directory, write_file
 from homefire.foundation.failpoints import failpoint
@@ -53,6 +54,7 @@ class DirectoryStore:
     def __init__(self, root: Path, clock: Clock | None = None) -> None:
         self.root = root
         self._clock = clock or SystemClock()
+        self._summaries = Summaries()
 
     @contextmanager
     def stage(self, key: CheckpointKey, *, overwrite: bool = False) -> Iterator[Staged]:
@@ -163,6 +165,17 @@ class DirectoryStore:
                     return amend_manifest(self.directory(key), change)
         except OSError as exc:
             raise StorageFailed(f"checkpoint {key} could not be changed: {exc}") from exc
+
+    def summaries(self, account: str, job: str, *, slot: str) -> Sequence[Manifest]:
+        directory = self._job(account, job) / check_name(slot, field="slot")
+        now = self._clock.now()
+        found = [
+            manifest
+            for family in CheckpointFamily
+            for manifest in self._summaries.read(directory / family, _checkpoints, _read_or_warn)
+            if not manifest.has_expired(now)
+        ]
+        return sorted(found, key=lambda m: (m.created_at, m.step, m.identity))
 
     def delete(self, key: CheckpointKey) -> None:
         self.directory(key)

@@ -5,6 +5,7 @@
     manifest    what a checkpoint is
     directory   where its files are
     list        what a job has
+    summaries   the same for those who ask often
     jobs        who has something
     expire_at   when one ends
     publish     whether other accounts may load it
@@ -124,6 +125,11 @@ class CheckpointStore(Protocol):
 
     def publish(self, key: CheckpointKey, *, public: bool) -> Manifest:
         """The manifest as it now is. UnknownSnapshot."""
+        ...
+
+    def summaries(self, account: str, job: str, *, slot: str) -> Sequence[Manifest]:
+        """`list` of one slot, with `tensors` left empty. What did not change since it was asked for
+        last is not read again."""
         ...
 
     def delete(self, key: CheckpointKey) -> None:

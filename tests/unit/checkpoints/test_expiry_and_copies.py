@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import msgspec
@@ -10,7 +11,12 @@ import pytest
 from homefire.checkpoints import CheckpointFamily, CheckpointKey, materialize, read_state
 from homefire.checkpoints.amendments import amend_manifest
 from homefire.checkpoints.expiry import GRACE_S
-from homefire.wire.errors import DuplicateCheckpoint, FailedPrecondition, UnknownSnapshot
+from homefire.wire.errors import (
+    DigestMismatch,
+    DuplicateCheckpoint,
+    FailedPrecondition,
+    UnknownSnapshot,
+)
 
 SAMPLER, STATE, EXTERNAL = CheckpointFamily
 
@@ -210,3 +216,52 @@ def test_external_weights_have_names_of_their_own(trainer, store, make_key, make
     assert store.manifest(key).external
     assert names(store, family=EXTERNAL) == ["final"]
     assert names(store, family=SAMPLER) == ["final"]
+
+
+# Summaries --------------------------------------------------------------------------------------
+
+
+def summarized(store, slot="policy"):
+    return store.summaries("local", "job-1", slot=slot)
+
+
+def test_summaries_are_what_is_listed_without_the_tensors(trainer, store, make_tensors):
+    trainer.base("a", make_tensors())
+    trainer.state("a", make_tensors())
+    trainer.lora("b", make_tensors(), family=EXTERNAL)
+    listed = store.list("local", "job-1", slot="policy")
+    assert len(listed) == 3
+    assert summarized(store) == [msgspec.structs.replace(m, tensors={}) for m in listed]
+    assert summarized(store, "other") == []
+
+
+def test_summaries_follow_every_change(trainer, store, clock, make_key, make_tensors):
+    trainer.base("a", make_tensors())
+    trainer.state("s", make_tensors(1))
+    first = summarized(store)
+    assert [m.identity for m in first] == ["a", "s"]
+    store.publish(make_key("a"), public=True)
+    assert [m.public for m in summarized(store)] == [True, False]
+    overwritten = trainer.state("s", make_tensors(2), overwrite=True)
+    assert summarized(store)[-1].digest == overwritten.digest != first[-1].digest
+    store.expire_at(make_key("s", STATE), clock.now() + 10.0)
+    clock.advance(10.0)
+    assert [m.identity for m in summarized(store)] == ["a"]
+    store.delete(make_key("a"))
+    trainer.base("b", make_tensors())
+    assert [m.identity for m in summarized(store)] == ["b"]
+
+
+def test_a_manifest_that_did_not_change_is_not_read_again(trainer, store, make_key, make_tensors):
+    """Damage that leaves no trace in the file's time, size and place is seen when it is loaded."""
+    trainer.base("a", make_tensors())
+    before = summarized(store)
+    path = store.directory(make_key("a")) / "manifest.json"
+    data, stat = bytearray(path.read_bytes()), path.stat()
+    data[20] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert summarized(store) == before
+    with pytest.raises(DigestMismatch):
+        store.loadable(make_key("a"))

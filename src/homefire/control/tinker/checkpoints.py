@@ -46,11 +46,13 @@ class Checkpoints:
     async def of_runs(self, runs: list[TinkerRunRow]) -> list[Manifest]:
         """Newest first; what was saved at the same moment, in the order of the names.
 
-        Without snapshots that sampling sessions alone know of.
+        Without snapshots that sampling sessions alone know of, and without `tensors`.
         """
 
         def work() -> list[Manifest]:
-            found = [m for run in runs for m in self.store.list(run.account, run.job, slot=run.id)]
+            found = [
+                m for run in runs for m in self.store.summaries(run.account, run.job, slot=run.id)
+            ]
             named = [m for m in found if not is_ephemeral(m.identity)]
             return sorted(named, key=lambda m: (-m.created_at, m.slot, m.identity, m.family))
 

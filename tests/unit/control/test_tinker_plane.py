@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import msgspec
@@ -245,6 +246,64 @@ async def test_a_snapshot_has_a_sampler_without_any_sampling_session(bench, cont
     for wrong in ({**asked, "account": "other"}, {**asked, "path": path.replace("-1", "-2")}):
         refused = await control.call("POST", "/internal/tinker/samplers", wrong, expect=400)
         assert refused["error"]["code"] == "unknown_snapshot"
+
+
+async def test_a_base_model_beside_a_path_has_to_be_the_same_model(bench):
+    other = bench.home.models / "second"
+    shutil.copytree(ensure_tiny(bench.home.models / "tiny"), other)
+    control = await bench.control(aliases={"Org/Tiny": "tiny"})
+    session_id = await session(control)
+    placed = await place(control, session_id, base_model="tiny")
+    for family in CheckpointFamily:
+        save(bench, placed["job"], placed["run"], family, "c")
+    sampled = f"tinker://{placed['run']}/sampler_weights/c"
+    for number, (name, status) in enumerate([("Org/Tiny", 200), ("second", 400)], start=1):
+        body = {"session_id": session_id, "sampling_session_seq_id": number, "base_model": name}
+        await control.call(
+            "POST",
+            "/api/v1/create_sampling_session",
+            {**body, "model_path": sampled},
+            expect=status,
+        )
+        state = f"tinker://{placed['run']}/weights/c"
+        answer = await place(
+            control, session_id, number, path=state, base_model=name, expect=status
+        )
+    assert "is not tiny" in answer["error"]["message"]
+
+
+async def test_another_accounts_checkpoints_do_not_exist(bench, control):
+    session_id = await session(control)
+    placed = await place(control, session_id, base_model="tiny")
+    for family in CheckpointFamily:
+        save(bench, placed["job"], placed["run"], family, "c")
+    other = {"x-homefire-account": "other"}
+    created = await control.call("POST", "/api/v1/create_session", {}, headers=other)
+    asked = {"session_id": created["session_id"], "sampling_session_seq_id": 0}
+    refused = await control.call(
+        "POST",
+        "/api/v1/create_sampling_session",
+        {**asked, "model_path": f"tinker://{placed['run']}/sampler_weights/c"},
+        expect=400,
+        headers=other,
+    )
+    assert refused["error"]["code"] == "unknown_snapshot"
+    new = {"account": "other", "session_id": created["session_id"], "model_seq_id": 0}
+    state = f"tinker://{placed['run']}/weights/c"
+    refused = await control.call("POST", RUNS, {**new, "path": state}, expect=400)
+    assert refused["error"]["code"] == "unknown_snapshot"
+    await control.call("GET", f"{RUNS}/{placed['run']}?account=other", expect=404)
+    for service in (placed["job"], f"{placed['job']}-sampler"):
+        wake = {"account": "other", "service": service}
+        await control.call("POST", "/internal/tinker/wake", wake, expect=404)
+
+
+async def test_two_accounts_have_pools_of_their_own(control):
+    other = {"x-homefire-account": "other"}
+    created = await control.call("POST", "/api/v1/create_session", {}, headers=other)
+    new = {"account": "other", "session_id": created["session_id"], "model_seq_id": 0}
+    placed = await control.call("POST", RUNS, {**new, "base_model": "tiny"})
+    assert placed["job"] != await pool(control)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from homefire.wire.engine import (
     SaveSampler,
 )
 from homefire.wire.errors import InvalidArgument
-from homefire.wire.pooled import run_job_id
+from homefire.wire.pooled import pool_job_id, run_job_id
 from homefire.wire.specs import TrainerMode
 from unit.trainer.front.conftest import Orders, make_datum
 
@@ -432,3 +432,23 @@ async def test_a_full_parameter_run_goes_on_from_another_ones_state(start_front)
     async with start_front(**POOL) as client:
         refused = await create_from(client, path)
         assert "holds all parameters" in refused["error"]
+
+
+async def test_pools_and_dedicated_jobs_load_each_others_adapters(start_front, make_spec) -> None:
+    pool = {**POOL, "job": pool_job_id("local", make_spec().model_dir)}
+    async with start_front(mode=TrainerMode.LORA) as client:
+        source = (await client.create(await client.session(), lora_config={"rank": 4}))["model_id"]
+        await client.train(source, 1, 1)
+        await client.call("save_weights", source, 3, path="s")
+        digest = await client.digest()
+    async with start_front(**pool) as client:
+        for number, path in enumerate((f"tinker://{source}/weights/s", "cross_job://job-1/s")):
+            made = await create_from(client, path, seq=number)
+            assert await client.digest(made["model_id"]) == digest
+        await client.train(made["model_id"], 1, 1)
+        back = (await client.call("save_weights", made["model_id"], 3, path="t"))["path"]
+        digest = await client.digest(made["model_id"])
+    async with start_front(mode=TrainerMode.LORA) as client:
+        model = (await client.create(await client.session(), lora_config={"rank": 4}))["model_id"]
+        loaded = await client.call("load_weights", model, 1, path=back, optimizer=True)
+        assert (loaded["step"], loaded["digest"]) == (2, digest)

@@ -259,6 +259,22 @@ async def test_a_base_model_answers_by_each_of_its_names_while_one_deployment_se
     assert control.plane.routes.get().models == {}
 
 
+async def test_two_accounts_may_each_serve_the_same_base_model(control: Any) -> None:
+    base = "accounts/fireworks/models/tiny"
+    await control.create_deployment("d1", baseModel=base)
+    created = await control.client.post(
+        "/v1/accounts/other/deployments",
+        params={"deploymentId": "theirs"},
+        json={"baseModel": base},
+        headers={"x-homefire-account": "other"},
+    )
+    assert created.status_code == 200, created.text
+    await control.deployment_becomes("READY")
+    routed = control.plane.routes.get().models
+    assert routed[f"local/{base}"] == "local/d1"
+    assert routed[f"other/{base}"] == "other/theirs"
+
+
 async def shows_weights(control: Any) -> bool:
     (deployment, _) = (await control.call("GET", "/v1/models"))["data"]
     return deployment.get("homefire", {}).get("weights", {}).get("digest") == "9f86"

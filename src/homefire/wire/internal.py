@@ -133,6 +133,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     running: int = 0
     queued: int = 0
+    num_asked: int = 0
+    """Completions asked for since it started: who is asked is in use, also between two looks at it."""
     ledger: list[LedgerEntry] = []
 
 

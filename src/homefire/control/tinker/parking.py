@@ -189,7 +189,7 @@ def trainer_activity(status: TrainerStatus | None) -> Activity:
 def replica_activity(replicas: Iterable[SeenReplica]) -> Activity:
     statuses = [seen.status for seen in replicas if seen.status is not None]
     return Activity(
-        sum(status.version for status in statuses),
+        sum(status.version + status.num_asked for status in statuses),
         is_busy=any(status.running or status.queued for status in statuses),
     )
 

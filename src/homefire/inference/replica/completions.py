@@ -83,6 +83,7 @@ class CompletionRoutes:
         answers: AnswerFormat,
     ) -> Response:
         replica, arrived_at = self._replica, self._replica.clock.monotonic()
+        replica.num_asked += 1
         live, started = await self._start(request, order, model)
         try:
             answer = Answer(

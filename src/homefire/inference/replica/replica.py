@@ -53,6 +53,7 @@ class Replica:
         )
         self.session_weights = SessionWeights(spec, store, self._loader)
         self.futures = SampleFutures(spec.deployment, clock)
+        self.num_asked = 0
         self.closing = asyncio.Event()
         """Set before the server stops: it waits for requests in progress, and a long poll would hold it."""
 
@@ -132,6 +133,7 @@ class Replica:
             stage=loader.stage,
             target=loader.target,
             error=loader.error or self._failure,
+            num_asked=self.num_asked,
             ledger=loader.ledger,
         )
         if self._engine is None:

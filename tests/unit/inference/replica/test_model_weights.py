@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from homefire.control.lifecycle import SeenReplica
+from homefire.control.tinker.parking import replica_activity
 from unit.inference.canaries import Snapshots
 from unit.inference.tinker_caller import SAMPLER, sampled, session
 
@@ -100,6 +102,18 @@ async def test_an_identity_names_the_one_snapshot_that_has_it(
     assert several.json()["error"]["code"] == "invalid_argument"
     assert path_of(OTHER, "step_2") in several.json()["error"]["hint"]
     assert none.json()["error"]["code"] == "unknown_snapshot"
+
+
+async def test_a_sampler_that_is_asked_between_two_looks_is_seen_to_be_in_use(
+    start_replica: Any,
+) -> None:
+    async with start_replica(**SAMPLER) as caller:
+        before = await caller.status()
+        await caller.complete(model="job-1-sampler", **FIELDS)
+        after = await caller.status()
+    assert (before.running, after.running) == (0, 0)
+    seen = [replica_activity([SeenReplica(status=status)]) for status in (before, after)]
+    assert seen[0].count != seen[1].count
 
 
 async def test_a_client_that_leaves_lets_go_of_the_weights(

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from homefire.wire.internal import KeyRoute
 
-KEY_PREFIX = "tml-"
-"""The Tinker client refuses keys without it, so users put it before keys that have none."""
+SURPLUS_PREFIXES = ("tml-", "fw_")
+"""The Tinker client refuses keys without `tml-`, and the Fireworks SDK takes one with it for another
+service's, so users put before a key what their client wants to see."""
 
 
 def given_key(headers: Mapping[str, str]) -> str:
@@ -22,13 +23,12 @@ def given_key(headers: Mapping[str, str]) -> str:
 
 
 def account_of_key(key: str, keys: Sequence[KeyRoute]) -> str | None:
-    """The account of `key`, or of `key` without a surplus `tml-`.
+    """The account of `key`, or of `key` without a surplus prefix.
 
     Every known hash is compared, each in constant time, so that timing tells nothing.
     """
     hashes = [_hash(key)]
-    if key.startswith(KEY_PREFIX):
-        hashes.append(_hash(key.removeprefix(KEY_PREFIX)))
+    hashes += [_hash(key.removeprefix(p)) for p in SURPLUS_PREFIXES if key.startswith(p)]
     account: str | None = None
     for known in keys:
         for given in hashes:

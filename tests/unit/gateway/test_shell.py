@@ -132,8 +132,9 @@ async def test_a_path_that_is_no_route_needs_a_key_too(stack):
         {"x-api-key": KEY, "authorization": "Bearer something-else"},
         {"x-api-key": PLAIN_KEY},
         {"x-api-key": f"tml-{PLAIN_KEY}"},
+        {"x-api-key": f"fw_{KEY}"},
     ],
-    ids=["x-api-key", "bearer", "x-api-key wins", "plain", "surplus tml-"],
+    ids=["x-api-key", "bearer", "x-api-key wins", "plain", "surplus tml-", "surplus fw_"],
 )
 async def test_a_right_key_is_taken_from_either_header_and_goes_no_further(stack, headers):
     client = await stack.start(key=None)

@@ -10,23 +10,31 @@ from homefire.trainer.front.admission import Admission
 from homefire.trainer.front.future_calls import promise
 from homefire.wire.errors import Unsupported
 
-_SAMPLE_ELSEWHERE = "sample through a deployment, or with a sampling client at the server's root"
+_NO_SAMPLING = (
+    "a trainer does not sample",
+    "sample through a deployment, or with a sampling client at the server's root",
+)
 REFUSED_CALLS = {
-    "create_sampling_session": _SAMPLE_ELSEWHERE,
-    "asample": _SAMPLE_ELSEWHERE,
-    "join_sampling_session": _SAMPLE_ELSEWHERE,
-    "retrieve_futures": "poll retrieve_future for each request; client/config leaves "
-    "sample_use_retrieve_futures off",
+    "create_sampling_session": _NO_SAMPLING,
+    "asample": _NO_SAMPLING,
+    "join_sampling_session": _NO_SAMPLING,
+    "retrieve_futures": (
+        "futures are not retrieved together",
+        "poll retrieve_future for each request; client/config leaves sample_use_retrieve_futures off",
+    ),
+    "weight_sync": (
+        "weights are not sent over RDMA",
+        "save_weights_for_sampler, and hot-load the snapshot into the deployment",
+    ),
 }
-"""POST; what to do instead."""
+"""POST; why not, and what to do instead."""
 
 
 async def refuse_call(request: Request) -> Response:
     await read_body(request)
     call = request.url.path.removeprefix("/api/v1/").partition("/")[0]
-    raise Unsupported(
-        f"{call}: a trainer does not sample", hint=REFUSED_CALLS.get(call, _SAMPLE_ELSEWHERE)
-    )
+    reason, hint = REFUSED_CALLS.get(call, _NO_SAMPLING)
+    raise Unsupported(f"{call}: {reason}", hint=hint)
 
 
 async def refuse_custom_loss(request: Request, admission: Admission) -> Response:

@@ -323,6 +323,9 @@ async def test_sampling_and_unknown_calls_are_refused_by_name(start_front) -> No
         assert ephemeral["error_class"] == "unsupported"
         adapter = await client.call("load_adapter", model, 2, adapter_path="gs://bucket/a")
         assert adapter["error_class"] == "unsupported"
+        direct = await client.post("weight_sync", model_id=model, transport="RDMA")
+        assert direct.json()["error"]["code"] == "unsupported"
+        assert "RDMA" in direct.json()["error"]["message"]
         unknown = await client.post("no_such_call")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
 

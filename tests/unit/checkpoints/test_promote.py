@@ -107,15 +107,17 @@ def test_the_worker_leaves_its_result_and_exits_0(trainer, make_spec, write_spec
     ("fields", "code"),
     [
         ({"identity": "unknown"}, "unknown_snapshot"),
-        ({"base_model_dir": "/nonexistent"}, "model_unavailable"),
+        ({"identity": "s1", "base_model_dir": "/nonexistent"}, "model_unavailable"),
         ({"destination": "/proc/nowhere/model"}, "storage_failed"),
         ({"destination": "bad\0name"}, "internal"),
     ],
 )
 def test_a_failed_promotion_leaves_its_error_and_exits_1(
-    trainer, make_spec, write_spec, make_tensors, tmp_path, fields, code
+    trainer, make_spec, write_spec, make_tensors, nudge, tmp_path, fields, code
 ):
+    """A base brings its own configuration along; a delta needs the base model's."""
     trainer.base("s0", make_tensors())
+    trainer.delta("s1", nudge(make_tensors()), "s0")
     spec = make_spec(**{"identity": "s0", **fields})
     assert run_worker(write_spec(spec)) == 1
     result = result_of(spec)

@@ -224,6 +224,17 @@ async def test_weights_info_of_all_parameters_says_rank_0(root, bench):
     assert (described["is_lora"], described["lora_rank"]) == (False, 0)
 
 
+async def test_weights_info_of_a_dedicated_jobs_state(root, bench):
+    """Clients before 0.25 ask for it before they resume at the root from a job's checkpoint."""
+    await root.control.create_job("j2")
+    bench.save_state("mark", job="j2")
+    body = {"tinker_path": "tinker://j2-s0123abcd:train:0/weights/mark"}
+    assert (await root.call("POST", "weights_info", body))["base_model"].endswith("tiny")
+    await root.call("POST", "weights_info", body, expect=404, headers=OTHERS)
+    missing = {"tinker_path": body["tinker_path"].replace("mark", "nope")}
+    await root.call("POST", "weights_info", missing, expect=404)
+
+
 async def test_a_published_checkpoint_can_be_described_by_others(root):
     root.save("mark")
     body = {"tinker_path": f"tinker://{RUN}/weights/mark"}

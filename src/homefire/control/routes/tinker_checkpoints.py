@@ -105,8 +105,8 @@ async def weights_info(plane: ControlPlane, request: Request) -> Response:
     """Also of another account's published checkpoint."""
     account, asked = account_of(request), await read_json(request, WeightsInfo)
     path = parse_checkpoint_path(asked.tinker_path, field="tinker_path")
-    run, manifest = await plane.management.checkpoints.readable(account, path)
-    return json_response(weights_description(manifest, base_model=run.base_model))
+    base_model, manifest = await plane.management.checkpoints.described(account, path)
+    return json_response(weights_description(manifest, base_model=base_model))
 
 
 async def copy_weights(plane: ControlPlane, request: Request) -> Response:

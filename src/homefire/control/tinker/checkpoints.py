@@ -14,6 +14,7 @@ from homefire.control.db import tinker_tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import TinkerRunRow
 from homefire.control.download_links import DownloadLinks, Grant
+from homefire.control.tinker.checkpoint_paths import find_home
 from homefire.control.tinker.runs import find_run, no_run
 from homefire.foundation.clock import Clock
 from homefire.wire.checkpoint_paths import CheckpointPath
@@ -61,26 +62,33 @@ class Checkpoints:
     async def get(self, account: str, path: CheckpointPath) -> Manifest:
         """NotFound, also for another account's."""
         run = await self._run(account, path.run)
-        key = CheckpointKey(account, run.job, run.id, path.family, path.name)
-        try:
-            return await asyncio.to_thread(self.store.loadable, key)
-        except UnknownSnapshot as exc:
-            raise NotFound(exc.message, hint=exc.hint, field="checkpoint_id") from exc
+        return await self._loadable(CheckpointKey(account, run.job, run.id, path.family, path.name))
 
-    async def readable(self, account: str, path: CheckpointPath) -> tuple[TinkerRunRow, Manifest]:
-        """One of the account's own, or one that its owner has published; NotFound."""
+    async def described(self, account: str, path: CheckpointPath) -> tuple[str, Manifest]:
+        """The base model, as clients name it, and the manifest: of one of the account's own, of a
+        dedicated job's too, or of one that its owner has published. NotFound."""
         run = await self.database.transact(lambda c: tinker_tables.run(c, path.run))
         if run is None:
-            raise no_run(account, path.run)
+            return await self._of_dedicated_job(account, path)
         if run.account == account:
-            return run, await self.get(account, path)
+            return run.base_model, await self.get(account, path)
         try:
             manifest = await self.get(run.account, path)
         except NotFound as exc:
             raise no_run(account, path.run) from exc
         if not manifest.public:
             raise no_run(account, path.run)
-        return run, manifest
+        return run.base_model, manifest
+
+    async def _of_dedicated_job(self, account: str, path: CheckpointPath) -> tuple[str, Manifest]:
+        try:
+            home = await self.database.transact(
+                lambda c: find_home(c, account, path, field="tinker_path")
+            )
+        except UnknownSnapshot as exc:
+            raise no_run(account, path.run) from exc
+        manifest = await self._loadable(home.key(path))
+        return home.job.config.base_model.name, manifest
 
     async def delete(self, account: str, path: CheckpointPath) -> None:
         """FailedPrecondition while something rests on it."""
@@ -132,6 +140,12 @@ class Checkpoints:
             for name in manifest.files
         }
         return urls, expires_at
+
+    async def _loadable(self, key: CheckpointKey) -> Manifest:
+        try:
+            return await asyncio.to_thread(self.store.loadable, key)
+        except UnknownSnapshot as exc:
+            raise NotFound(exc.message, hint=exc.hint, field="checkpoint_id") from exc
 
     async def _run(self, account: str, run_id: str) -> TinkerRunRow:
         return await self.database.transact(lambda c: find_run(c, account, run_id))

@@ -148,7 +148,9 @@ class DirectoryStore:
         self, job: Path, is_needed: Callable[[Manifest], bool]
     ) -> Iterator[CheckpointKey]:
         now = self._clock.now()
-        for manifest in prunable(_manifests(job, "*/*"), is_needed, now=now):
+        families = [path for path in job.glob("*/*") if path.is_dir()]
+        manifests = [m for path in families for m in self._summaries.read(path, *_READERS)]
+        for manifest in prunable(manifests, is_needed, now=now):
             key = CheckpointKey.of(manifest)
             try:
                 if not self.manifest(key).has_expired(now):
@@ -172,7 +174,7 @@ class DirectoryStore:
         found = [
             manifest
             for family in CheckpointFamily
-            for manifest in self._summaries.read(directory / family, _checkpoints, _read_or_warn)
+            for manifest in self._summaries.read(directory / family, *_READERS)
             if not manifest.has_expired(now)
         ]
         return sorted(found, key=lambda m: (m.created_at, m.step, m.identity))
@@ -292,6 +294,10 @@ def _read_or_warn(directory: Path) -> Manifest | None:
     except (DigestMismatch, Unsupported) as exc:
         log.warning("left out of the listing: %s", exc)
         return None
+
+
+_READERS = (_checkpoints, _read_or_warn)
+"""How summaries find checkpoints in a directory, and read one."""
 
 
 def _refuse_existing(key: CheckpointKey, final: Path) -> None:

@@ -123,6 +123,23 @@ def test_after_a_reset_the_next_sync_is_a_base(found):
 
 
 @since("1.2.0a68")
+@shows("WeightSyncer.get_deployment_sampler")
+def test_a_syncer_gives_a_sampler_of_its_deployment(found):
+    assert found["get_deployment_sampler"] == [NAME, [5, 7]]
+
+
+@every_release
+@shows("ledger of a deployment")
+def test_the_ledger_names_every_load_until_it_is_emptied(found):
+    ledger = found["ledger"]
+    synced = [saved for saved, _, _ in found["weight_syncer"]["synced"]]
+    assert [identity for identity in ledger["before"] if identity in synced] == synced
+    assert ledger["emptied"] == []
+    assert ledger["done"] is True
+    assert ledger["after"] == [[ledger["saved"], True]]
+
+
+@since("1.2.0a68")
 @shows("DeploymentManager.update")
 def test_an_update_changes_the_fields_of_its_mask_alone(found):
     assert found["update"]["name"] == NAME

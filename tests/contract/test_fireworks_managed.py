@@ -6,7 +6,7 @@ import pytest
 
 from contract.fireworks import findings_of, shows, since
 
-newest = since("1.2.30")
+since_it_exists = since("1.2.20")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def found(findings, version):
     return findings(version)
 
 
-@newest
+@since_it_exists
 @shows("FiretitanServiceClient.from_firetitan_config")
 def test_a_trainer_and_a_deployment_that_follows_it_are_provisioned(found):
     made = found["from_firetitan_config"]
@@ -30,7 +30,7 @@ def test_a_trainer_and_a_deployment_that_follows_it_are_provisioned(found):
     assert made["follows"].startswith("accounts/local/rlorTrainerJobs/")
 
 
-@newest
+@since_it_exists
 @shows("managed: create_reference_client")
 def test_the_reference_stays_while_the_policy_trains(found):
     reference = found["create_reference_client"]
@@ -40,13 +40,13 @@ def test_the_reference_stays_while_the_policy_trains(found):
     assert reference["base"] == found["from_firetitan_config"]["before"]
 
 
-@newest
+@since_it_exists
 @shows("managed: create_sampling_client")
 def test_a_sampling_client_samples_the_snapshot_that_it_was_made_of(found):
     assert found["create_sampling_client"] == {"served": True, "lengths": [True, True]}
 
 
-@newest
+@since_it_exists
 @shows("managed: create_deployment_sampler")
 def test_the_second_sync_is_a_delta_whose_samples_the_trainer_scores_alike(found):
     sampled = found["create_deployment_sampler"]
@@ -55,31 +55,31 @@ def test_the_second_sync_is_a_delta_whose_samples_the_trainer_scores_alike(found
     assert sampled["sampled"] == pytest.approx(sampled["trained"], abs=1e-5)
 
 
-@newest
+@since_it_exists
 @shows("managed: list_checkpoints and promote_checkpoint")
 def test_a_managed_service_lists_and_promotes(found):
     assert found["list_and_promote_checkpoints"] == {"count": 2, "state": "READY"}
 
 
-@newest
+@since_it_exists
 @shows("managed: close with cleanup")
 def test_closing_deletes_what_it_made(found):
     assert found["close"] == ["JOB_STATE_DELETED", "JOB_STATE_DELETED"]
 
 
-@newest
+@since_it_exists
 @shows("managed: reattach a deployment")
 def test_an_existing_deployment_is_attached_and_not_deleted(found):
     assert found["reattach"] == {"served": True, "left": "READY", "follows": True}
 
 
-@newest
+@since_it_exists
 @shows("managed: close scaling to zero")
 def test_closing_may_scale_to_zero(found):
     assert found["cleanup_by_scaling_to_zero"] == "READY"
 
 
-@newest
+@since_it_exists
 @shows("managed: an adapter and its base as reference")
 def test_the_reference_of_an_adapter_is_its_base_on_the_same_trainer(found):
     adapter = found["managed_adapter"]
@@ -90,7 +90,7 @@ def test_the_reference_of_an_adapter_is_its_base_on_the_same_trainer(found):
     assert found["close_of_the_adapter"] == "JOB_STATE_DELETED"
 
 
-@newest
+@since_it_exists
 @shows("managed: max_lora_rank with several models", refused="invalid_argument")
 def test_a_second_adapter_of_another_rank_is_refused_and_the_first_trains_on(found):
     assert found.refusal("several_adapters") == "invalid_argument"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 from findings import Findings
 from fireworks_plane import (
@@ -177,6 +179,29 @@ def reset_delta_chain():
     made["tracker"].reset_delta_chain()
     step(made["client"])
     return {"saved": made["tracker"].save_and_hotload("fresh"), "served": served()}
+
+
+@found.step
+def get_deployment_sampler():
+    """Of the deployment that is synced."""
+    sampler = made["tracker"].get_deployment_sampler()
+    run = sampler.sample_with_prompt_tokens(prompt_token_ids=[5, 7], max_tokens=2)
+    (completion,) = asyncio.run(run)
+    return [sampler.model, completion.full_tokens[:2]]
+
+
+@found.step
+def ledger():
+    """Over REST. Emptied, it begins anew, and a delta still finds its whole chain."""
+    path = f"{deployment_path(NAME)}/ledger"
+    before = [entry["identity"] for entry in rest("GET", path)["entries"] if entry["ok"]]
+    rest("DELETE", path)
+    emptied = rest("GET", path)["entries"]
+    step(made["client"])
+    saved = made["client"].save_weights_for_sampler_ext("onward", "delta").snapshot_name
+    done = deployments.hotload_and_wait(NAME, MODEL, saved)
+    after = [[entry["identity"], entry["ok"]] for entry in rest("GET", path)["entries"]]
+    return {"before": before, "emptied": emptied, "done": done, "after": after, "saved": saved}
 
 
 @found.step

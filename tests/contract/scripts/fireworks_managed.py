@@ -1,4 +1,4 @@
-"""A service that the newest SDK provisions by itself: trainer, reference, deployment, and their end."""
+"""A service that the SDK provisions by itself: trainer, reference, deployment, and their end."""
 
 from __future__ import annotations
 

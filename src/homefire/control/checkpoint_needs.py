@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 
 from homefire.control.db.rows import DeploymentRow, JobRow
 from homefire.control.job_activity import StateLoad
-from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
-from homefire.wire.errors import FailedPrecondition, InvalidArgument
+from homefire.wire.checkpoint_paths import (
+    CheckpointPath,
+    is_checkpoint_path,
+    parse_checkpoint_path,
+    parse_cross_job_path,
+)
+from homefire.wire.errors import FailedPrecondition
+from homefire.wire.ids import POLICY_SLOT, job_of_model
 from homefire.wire.manifest import CheckpointFamily, Manifest
 from homefire.wire.pooled import is_ephemeral
 from homefire.wire.resources import DeploymentState, JobState
 
 MAY_REPLAY = frozenset({JobState.CREATING, JobState.RUNNING, JobState.CANCELLING, JobState.FAILED})
 """Jobs whose journal may lead back to a state that was loaded since their last recovery point."""
-_CROSS_JOB = "cross_job://"
-_SESSION_MARK = "-s"
-_POLICY_SLOT = "policy"
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,12 @@ def descendant_refusal(manifest: Manifest, others: Sequence[Manifest]) -> Failed
 
 def _leads_to(load: StateLoad, job: str, manifest: Manifest) -> bool:
     """Whether what `job` loaded is this state."""
-    if load.path.startswith(_CROSS_JOB):
-        source, _, name = load.path.removeprefix(_CROSS_JOB).partition("/")
-        return (source, _POLICY_SLOT, name) == (manifest.job, manifest.slot, manifest.identity)
-    try:
-        path = parse_checkpoint_path(load.path)
-    except InvalidArgument:
+    if (other := parse_cross_job_path(load.path)) is not None:
+        where = (manifest.job, manifest.slot, manifest.identity)
+        return (other.job, POLICY_SLOT, other.name) == where
+    if not is_checkpoint_path(load.path):
         return (job, load.path) == (manifest.job, manifest.identity)
-    dedicated = path.run.partition(":")[0].rpartition(_SESSION_MARK)[0]
-    if dedicated:
+    path = parse_checkpoint_path(load.path)
+    if (dedicated := job_of_model(path.run)) is not None:
         return (dedicated, path.name) == (manifest.job, manifest.identity)
     return (path.run, path.name) == (manifest.slot, manifest.identity)

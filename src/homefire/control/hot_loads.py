@@ -35,7 +35,7 @@ from homefire.wire.errors import (
     UnknownDeployment,
     WrongCheckpointKind,
 )
-from homefire.wire.ids import BASE_IDENTITY, check_name
+from homefire.wire.ids import BASE_IDENTITY, POLICY_SLOT, check_name
 from homefire.wire.internal import HotLoadStage, LedgerEntry, SnapshotLocation
 from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.resources import (
@@ -45,7 +45,6 @@ from homefire.wire.resources import (
     LoadingState,
 )
 
-POLICY_SLOT = "policy"
 _PROMPT_CACHE_MODES = {"all", "new_session", "none"}
 
 

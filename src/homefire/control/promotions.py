@@ -21,7 +21,6 @@ from homefire.control.catalog import Catalog
 from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import BaseModel, ModelRow, OperationRow, PromotionSource
-from homefire.control.hot_loads import POLICY_SLOT
 from homefire.control.jobs import find_job
 from homefire.control.names import id_in
 from homefire.foundation.clock import Clock
@@ -37,7 +36,7 @@ from homefire.wire.errors import (
     WrongCheckpointKind,
     from_code,
 )
-from homefire.wire.ids import check_name, model_name
+from homefire.wire.ids import POLICY_SLOT, check_name, model_name
 from homefire.wire.manifest import CheckpointFamily, CheckpointKind, Manifest
 from homefire.wire.resources import ModelKind, ModelState, PromoteRequest
 

@@ -1,10 +1,11 @@
-"""What the Tinker protocol calls a checkpoint.
+"""What the protocols call a checkpoint. Tinker's:
 
 tinker://ts-3f…:train:0/weights/step-40             a training state
 tinker://ts-3f…:train:0/sampler_weights/step-40     a snapshot to sample from
 tinker://ts-3f…:train:0/external_weights/step-40    weights to take elsewhere
 
-The part behind the run is the checkpoint's id within the run.
+The part behind the run is the checkpoint's id within the run. Fireworks' name for another dedicated
+job's checkpoint is cross_job://job-3f9a1c2e/step-40.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from homefire.wire.ids import check_name
 from homefire.wire.manifest import CheckpointFamily
 
 _SCHEME = "tinker://"
+_CROSS_JOB = "cross_job://"
 _SEGMENTS = {
     CheckpointFamily.STATE: "weights",
     CheckpointFamily.SAMPLER: "sampler_weights",
@@ -37,6 +39,25 @@ class CheckpointPath(msgspec.Struct, frozen=True):
     @property
     def checkpoint_id(self) -> str:
         return f"{_SEGMENTS[self.family]}/{self.name}"
+
+
+class CrossJobPath(msgspec.Struct, frozen=True):
+    """Example: CrossJobPath("job-3f9a1c2e", "step-40"). What kind it is, the call says."""
+
+    job: str
+    name: str
+
+
+def parse_cross_job_path(path: str, *, field: str = "path") -> CrossJobPath | None:
+    """None for a path of another form."""
+    if not path.startswith(_CROSS_JOB):
+        return None
+    job, _, name = path.removeprefix(_CROSS_JOB).partition("/")
+    return CrossJobPath(check_name(job, field=field), check_name(name, field=field))
+
+
+def is_checkpoint_path(path: str) -> bool:
+    return path.startswith(_SCHEME)
 
 
 def parse_checkpoint_path(path: str, *, field: str = "path") -> CheckpointPath:

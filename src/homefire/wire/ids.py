@@ -25,6 +25,9 @@ NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")
 DEFAULT_ACCOUNT = AccountId("local")
 BASE_IDENTITY = Identity("base")
 """What a deployment serves before any snapshot."""
+POLICY_SLOT = "policy"
+"""The one slot of a dedicated job that trains."""
+_SESSION_MARK = "-s"
 
 
 def check_name(name: str, *, field: str) -> str:
@@ -62,3 +65,13 @@ def checkpoint_name(account: str, job: str, checkpoint: str) -> str:
 def model_id(session_id: str, model_seq_id: int) -> ModelId:
     """tinker 0.38 derives this id itself (tinker.md §0.5), so the rule is part of the protocol."""
     return ModelId(f"{session_id}:train:{model_seq_id}")
+
+
+def session_prefix(job: str) -> str:
+    """A dedicated job's session ids begin with this, so that a model id says which job it is of."""
+    return f"{job}{_SESSION_MARK}"
+
+
+def job_of_model(model: str) -> str | None:
+    """`job-3f9a1c2e-s9c…:train:0` -> `job-3f9a1c2e`; None for a run of the root plane."""
+    return model.partition(":")[0].rpartition(_SESSION_MARK)[0] or None

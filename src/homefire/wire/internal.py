@@ -24,6 +24,7 @@ from enum import StrEnum
 import msgspec
 
 from homefire.wire.errors import ErrorRecord
+from homefire.wire.ids import POLICY_SLOT
 from homefire.wire.specs import Upstream
 
 SECRET_HEADER = "x-homefire-secret"
@@ -89,7 +90,7 @@ class SnapshotLocation(msgspec.Struct, frozen=True):
 
     account: str
     job: str
-    slot: str = "policy"
+    slot: str = POLICY_SLOT
 
 
 class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,11 +17,8 @@ from homefire.control.db import tables, tinker_tables
 from homefire.control.db.rows import JobRow, TinkerRunRow
 from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
 from homefire.wire.errors import UnknownSnapshot, WrongCheckpointKind
+from homefire.wire.ids import POLICY_SLOT, job_of_model
 from homefire.wire.manifest import CheckpointFamily
-from homefire.wire.pooled import SESSION_PREFIX
-
-_DEDICATED_SLOT = "policy"
-_DEDICATED_MARK = "-s"
 
 
 class CheckpointHome(msgspec.Struct, frozen=True):
@@ -65,7 +62,7 @@ def find_home(
 ) -> CheckpointHome:
     """UnknownSnapshot, also for another account's run."""
     run = tinker_tables.run(connection, path.run)
-    job_id, slot = (run.job, run.id) if run else (_dedicated_job(path.run), _DEDICATED_SLOT)
+    job_id, slot = (run.job, run.id) if run else (job_of_model(path.run), POLICY_SLOT)
     job = tables.job(connection, job_id) if job_id else None
     if job is None or job.account != account:
         raise UnknownSnapshot(
@@ -92,10 +89,3 @@ def check_exists(
         hint=f"it has {known}" if known else "it has none yet",
         field=field,
     )
-
-
-def _dedicated_job(run: str) -> str | None:
-    """The job of a dedicated trainer's model id; its session ids begin with the job's."""
-    if run.startswith(SESSION_PREFIX):
-        return None
-    return run.partition(":")[0].rpartition(_DEDICATED_MARK)[0] or None

@@ -19,7 +19,7 @@ from homefire.http.bodies import decode_json, json_response, read_body, read_jso
 from homefire.trainer.front import operations
 from homefire.trainer.front.adapter_paths import resolve_adapter
 from homefire.trainer.front.admission import Submission
-from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, find_state, state_names
+from homefire.trainer.front.checkpoint_paths import find_state, state_names
 from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
 from homefire.trainer.front.future_calls import FutureCalls, off_loop, promise
 from homefire.trainer.front.operations import (
@@ -42,7 +42,7 @@ from homefire.wire.errors import (
     Unavailable,
     UnknownSnapshot,
 )
-from homefire.wire.ids import model_id
+from homefire.wire.ids import POLICY_SLOT, model_id
 from homefire.wire.internal import ACCOUNT_HEADER, ServiceHealth, TrainerState
 from homefire.wire.manifest import Manifest
 from homefire.wire.optim_step import OptimStepRequest

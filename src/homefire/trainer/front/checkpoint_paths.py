@@ -14,72 +14,46 @@ from collections.abc import Iterator
 import msgspec
 
 from homefire.checkpoints import CheckpointKey, CheckpointStore
-from homefire.wire.errors import InvalidArgument, UnknownSnapshot, WrongCheckpointKind
-from homefire.wire.ids import check_name
+from homefire.wire.checkpoint_paths import (
+    CheckpointPath,
+    is_checkpoint_path,
+    parse_checkpoint_path,
+    parse_cross_job_path,
+)
+from homefire.wire.errors import UnknownSnapshot, WrongCheckpointKind
+from homefire.wire.ids import POLICY_SLOT, check_name, job_of_model
 from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.pooled import pool_job_id, run_job_id
 from homefire.wire.specs import TrainerSpec
 
-POLICY_SLOT = "policy"
-"""The one slot of a dedicated job that trains."""
-_CROSS_JOB = "cross_job://"
-_TINKER = "tinker://"
-_SESSION_MARK = "-s"
-_SEGMENTS = {
-    CheckpointFamily.STATE: "weights",
-    CheckpointFamily.SAMPLER: "sampler_weights",
-    CheckpointFamily.EXTERNAL: "external_weights",
-}
-"""What the protocol calls a family in a path."""
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a path leads, before the store is looked at."""
 
-class StatePath(msgspec.Struct, frozen=True):
     slot: str
     name: str
     job: str | None
     """None: a run of the root plane, whose job is to be found."""
 
 
-def session_prefix(job: str) -> str:
-    """Session ids begin with this, so that ids made from them say which job they belong to."""
-    return f"{job}{_SESSION_MARK}"
-
-
-def checkpoint_path(run: str, family: CheckpointFamily, name: str) -> str:
-    return f"{_TINKER}{run}/{_SEGMENTS[family]}/{name}"
-
-
-def parse_state_path(path: str, *, job: str, slot: str) -> StatePath:
+def parse_state_path(path: str, *, job: str, slot: str) -> Place:
     """`job` and `slot` are the model's own, which bare names belong to.
 
     Raises WrongCheckpointKind for the path of anything else, InvalidArgument for no path at all.
     """
-    if path.startswith(_CROSS_JOB):
-        source, _, name = path.removeprefix(_CROSS_JOB).partition("/")
-        return _checked(source, POLICY_SLOT, name)
-    if path.startswith(_TINKER):
-        return _parse_tinker(path)
-    return _checked(job, slot, path)
+    return _place(path, CheckpointFamily.STATE, job=job, slot=slot)
 
 
-def _parse_tinker(path: str) -> StatePath:
-    parts = path.removeprefix(_TINKER).split("/")
-    if len(parts) != 3:
-        raise InvalidArgument(
-            f"{path!r} is no checkpoint path", hint="tinker://<model>/weights/<name>", field="path"
-        )
-    run, segment, name = parts
-    if segment != _SEGMENTS[CheckpointFamily.STATE]:
-        raise _not_a_state(path)
-    job, mark, _ = run.partition(":")[0].rpartition(_SESSION_MARK)
-    return _checked(job, POLICY_SLOT, name) if mark else _checked(None, run, name)
-
-
-def _checked(job: str | None, slot: str, name: str) -> StatePath:
-    for part in (name, slot, job):
-        if part is not None:
-            check_name(part, field="path")
-    return StatePath(slot, name, job)
+def _place(path: str, family: CheckpointFamily, *, job: str, slot: str) -> Place:
+    if (other := parse_cross_job_path(path)) is not None:
+        return Place(POLICY_SLOT, other.name, other.job)
+    if not is_checkpoint_path(path):
+        return Place(slot, check_name(path, field="path"), job)
+    parsed = parse_checkpoint_path(path)
+    if parsed.family is not family:
+        raise _wrong_kind(path, family, parsed)
+    dedicated = job_of_model(parsed.run)
+    return Place(POLICY_SLOT if dedicated else parsed.run, parsed.name, dedicated)
 
 
 def find_state(store: CheckpointStore, path: str, *, spec: TrainerSpec, slot: str) -> CheckpointKey:
@@ -98,16 +72,7 @@ def find_snapshot(
     store: CheckpointStore, path: str, *, spec: TrainerSpec, slot: str
 ) -> CheckpointKey:
     """Of a committed sampler snapshot, by the same forms of paths. Blocks on the disk."""
-    states, snapshots = (
-        f"/{_SEGMENTS[family]}/" for family in (CheckpointFamily.STATE, CheckpointFamily.SAMPLER)
-    )
-    if path.startswith(_TINKER) and snapshots not in path:
-        raise InvalidArgument(
-            f"{path!r} is no sampler snapshot",
-            hint=f"tinker://<model>{snapshots}<name>",
-            field="path",
-        )
-    parsed = parse_state_path(path.replace(snapshots, states, 1), job=spec.job, slot=slot)
+    parsed = _place(path, CheckpointFamily.SAMPLER, job=spec.job, slot=slot)
     for job in _jobs(store, parsed, spec):
         key = CheckpointKey(spec.account, job, parsed.slot, CheckpointFamily.SAMPLER, parsed.name)
         if store.exists(key):
@@ -119,7 +84,7 @@ def find_snapshot(
     )
 
 
-def _jobs(store: CheckpointStore, path: StatePath, spec: TrainerSpec) -> Iterator[str]:
+def _jobs(store: CheckpointStore, path: Place, spec: TrainerSpec) -> Iterator[str]:
     """Where the slot may be, likeliest first; all jobs of the account, so that an error can say
     that a run has another base model."""
     if path.job is not None:
@@ -136,7 +101,7 @@ def state_names(store: CheckpointStore, *, account: str, job: str, slot: str) ->
     return sorted(manifest.identity for manifest in manifests)
 
 
-def _unknown(store: CheckpointStore, path: StatePath, spec: TrainerSpec) -> UnknownSnapshot:
+def _unknown(store: CheckpointStore, path: Place, spec: TrainerSpec) -> UnknownSnapshot:
     owner = f"job {path.job}" if path.slot == POLICY_SLOT else f"training run {path.slot}"
     known = [
         name
@@ -147,6 +112,15 @@ def _unknown(store: CheckpointStore, path: StatePath, spec: TrainerSpec) -> Unkn
         f"{owner} has no saved state {path.name!r}",
         hint=f"it has {', '.join(known[-5:])}" if known else "save one with save_state first",
         field="path",
+    )
+
+
+def _wrong_kind(path: str, wanted: CheckpointFamily, found: CheckpointPath) -> WrongCheckpointKind:
+    if wanted is CheckpointFamily.STATE:
+        return _not_a_state(path)
+    instead = CheckpointPath(found.run, wanted, found.name)
+    return WrongCheckpointKind(
+        f"{path!r} is no sampler snapshot", hint=f"name one, such as {instead}", field="path"
     )
 
 

@@ -12,10 +12,10 @@ import hashlib
 import secrets
 from typing import Protocol
 
-from homefire.trainer.front.checkpoint_paths import POLICY_SLOT, checkpoint_path, session_prefix
 from homefire.trainer.front.operations import UnloadHandle
 from homefire.trainer.front.records import Handle
 from homefire.trainer.front.sessions import Ledger
+from homefire.wire.checkpoint_paths import CheckpointPath
 from homefire.wire.engine import LoraInit, LoraSpec, SlotKind
 from homefire.wire.errors import (
     InvalidArgument,
@@ -24,7 +24,7 @@ from homefire.wire.errors import (
     UnknownModel,
     Unsupported,
 )
-from homefire.wire.ids import check_name
+from homefire.wire.ids import POLICY_SLOT, check_name, session_prefix
 from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.specs import TrainerSpec
 from homefire.wire.tinker import LoraConfig
@@ -178,7 +178,7 @@ class PooledSlots:
         return [handle for handle in self._open() if handle.session_id == session_id]
 
     def path(self, slot: str, family: CheckpointFamily, name: str) -> str:
-        return checkpoint_path(slot, family, name)
+        return str(CheckpointPath(slot, family, name))
 
     def _open(self) -> list[Handle]:
         """Handles with weights of their own in memory, or soon."""

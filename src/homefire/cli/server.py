@@ -65,9 +65,14 @@ class Server:
     def delete(self, path: str, **query: Any) -> None:
         self._request("DELETE", path, query)
 
-    def _request(self, method: str, path: str, query: dict[str, Any]) -> bytes:
+    def post(self, path: str, body: Any) -> Any:
+        return json.loads(self._request("POST", path, {}, body))
+
+    def _request(
+        self, method: str, path: str, query: dict[str, Any], body: Any | None = None
+    ) -> bytes:
         try:
-            response = self._client.request(method, path, params=query)
+            response = self._client.request(method, path, params=query, json=body)
         except httpx.TransportError as exc:
             raise _not_running(f"nothing answers at {self.url} ({exc})", self._home) from exc
         if response.is_error:

@@ -235,6 +235,15 @@ def test_status_shows_training_runs_and_whether_their_clients_are_there(homefire
     assert re.search(r"ts-b:train:0 .*full .*silent for 500 s", shown)
 
 
+@pytest.mark.parametrize("named", ["ts-0a", "ts-0a:train:3"])
+def test_a_session_is_finished_when_asked_twice(homefire, control, named):
+    path = "/api/v1/sessions/ts-0a/finish"
+    control.answers[f"POST {path}"] = {}
+    assert "add --yes" in homefire("session", "finish", named).err
+    assert homefire("session", "finish", named, "--yes").out == "session ts-0a finished\n"
+    assert [seen for seen in control.seen if seen.startswith("POST")] == [f"POST {path}"]
+
+
 def test_status_as_json_is_the_report(homefire, control):
     control.answers["GET /v1/homefire/status"] = STATUS
     assert homefire("status", "--json").json == STATUS

@@ -167,8 +167,8 @@ class PooledSlots:
         if kind is not SlotKind.REFERENCE and len(self._open()) + num_arriving >= limit:
             raise TooManyModels(
                 f"{self._spec.job} holds {limit} open models, which is its limit",
-                hint="finish sessions that are over (ServiceClient.close), or unload models; "
-                "their saved checkpoints stay",
+                hint="finish sessions that are over (ServiceClient.close, or `homefire session finish`"
+                " for one whose client is gone: `homefire status` shows which); what they saved stays",
             )
 
     def unload(self, handle: Handle) -> UnloadHandle:

@@ -142,7 +142,11 @@ async def test_another_rank_or_alpha_is_refused_naming_both(
         ("{root}/../store/local/job-1/policy", "invalid_argument", "not below a model root"),
         ("{root}", "invalid_argument", "no PEFT directory"),
         ("cross_job://job-1/nothing", "unknown_snapshot", "nothing"),
-        ("tinker://job-1-sx:train:0/weights/taught", "wrong_checkpoint_kind", "no sampler snapshot"),
+        (
+            "tinker://job-1-sx:train:0/weights/taught",
+            "wrong_checkpoint_kind",
+            "no sampler snapshot",
+        ),
     ],
 )
 async def test_a_path_that_leads_nowhere_keeps_its_place_and_says_why(

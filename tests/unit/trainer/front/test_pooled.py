@@ -101,7 +101,7 @@ async def test_a_full_pool_refuses_by_name_until_a_model_is_unloaded(start_pool)
         refused = await client.create(SESSIONS[2], **asked)
         assert (refused["error_class"], refused["category"]) == ("too_many_models", "user")
         assert "holds 2 open models" in refused["error"]
-        assert "unload" in refused["error"]
+        assert "homefire session finish" in refused["error"]
         reference = await client.create(SESSIONS[2], 1, **asked, base_only=True)
         assert "error" not in reference, "the frozen base takes no room"
         await client.result(

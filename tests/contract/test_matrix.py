@@ -127,10 +127,18 @@ def test_a_cell_names_an_environment_and_an_outcome_that_exists(cell):
 def test_the_page_has_a_row_for_each_method_and_a_column_for_each_version():
     cells = {tinker("forward", "0.15.0"), tinker("images", outcome="refused: unsupported")}
     lines = page({"test_x": ModuleResults("2026-11-24", frozenset(cells))}).splitlines()
-    assert "last run 2026-11-24. Do not edit." in lines
+    assert "results of 2026-11-24. Do not edit." in lines
     assert "| method | 0.15.0 | 0.16.1 | 0.22.7 | 0.26.2 | 0.30.0 | 0.38.0 |" in lines
     assert "| forward | works | – | – | – | – | – |" in lines
     assert "| images | – | – | – | – | – | refused: `unsupported` |" in lines
+
+
+def test_the_page_says_how_old_its_results_are():
+    dated = {
+        f"test_{day}": ModuleResults(f"2026-11-{day}", frozenset({tinker("forward")}))
+        for day in (21, 24, 22)
+    }
+    assert "results of 2026-11-21 to 2026-11-24. Do not edit." in page(dated)
 
 
 def test_versions_outside_the_core_are_for_make_test_clients():

@@ -1,4 +1,4 @@
-"""Requests of the real `tinker` client that are sent again, or arrive in another order."""
+"""Requests of the real `tinker` client that are sent again, that arrive in another order, or that are given up."""
 
 from __future__ import annotations
 
@@ -69,3 +69,11 @@ def test_the_first_chunk_may_arrive_last(run_tinker, lossy_runs, version):
     *before, first = [*arrived][-3:]
     assert first < min(before)
     assert found["logprobs"] == run_tinker(version, SCRIPT)["run"]["logprobs"]
+
+
+@pytest.mark.parametrize("version", versions("tinker", since="0.26.2"))
+@cell("sample: cancelled")
+def test_a_sample_that_the_client_gives_up_is_stopped(run_tinker, version):
+    answer = run_tinker(version, "tinker_cancel.py")["a_cancelled_sample"]
+    assert answer["error_class"] == "failed_precondition"
+    assert "cancelled" in answer["error"]

@@ -186,9 +186,9 @@ def test_a_bad_request_is_refused_at_once_naming_what_and_what_to_do(loop, case)
         act(jobs, deployments)
 
 
-def test_the_root_tinker_plane_is_refused_by_name(loop):
+def test_the_hosted_serverless_pool_is_refused_by_name(loop):
     answer = httpx.post(
-        f"{loop.server.url}/api/v1/create_session",
+        f"{loop.server.url}/training/v1/serverless/api/v1/create_session",
         headers={"X-Api-Key": loop.server.api_key},
         json={},
     )

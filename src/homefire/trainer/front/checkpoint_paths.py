@@ -126,7 +126,7 @@ def _wrong_kind(path: str, wanted: CheckpointFamily, found: CheckpointPath) -> W
 
 def _not_a_state(path: str) -> WrongCheckpointKind:
     return WrongCheckpointKind(
-        f"{path!r} is no training state: it has rounded weights and no optimizer",
+        f"{path!r} is no training state: a sampler snapshot has rounded weights and no optimizer",
         hint="load a state that save_state wrote",
         field="path",
     )

@@ -124,9 +124,7 @@ def test_a_custom_loss_moves_the_weights_as_the_built_in_does(found, tinker_root
     assert size > 1e-3
     assert np.array_equal(updates["1"], builtin)
     assert np.abs(updates["-1"] + builtin).max() < 1e-4 * size
-    # eps is 1e4 and the largest element of ten gradients some hundreds, hence the few percent.
-    assert np.abs(updates["10"] / 10 - builtin).max() < 0.1 * size
-    assert np.abs(updates["10"]).sum() == pytest.approx(10 * np.abs(builtin).sum(), rel=0.02)
+    assert np.abs(updates["10"] / 10 - builtin).max() < 1e-3 * size
 
 
 @pytest.mark.parametrize("version", versions("tinker", since="0.38.0"))
@@ -148,10 +146,10 @@ def test_clipping_scales_the_whole_gradient_and_only_where_it_is_too_long(found,
         for name, paths in result.items()
     }
     free = np.linalg.norm(update["free"])
-    assert np.linalg.norm(update["clipped"]) == pytest.approx(free / 4, rel=0.02)
+    assert np.linalg.norm(update["clipped"]) == pytest.approx(free / 4, rel=1e-3)
     assert np.array_equal(update["loose"], update["free"])
     direction = update["clipped"] @ update["free"] / np.linalg.norm(update["clipped"]) / free
-    assert direction > 0.999
+    assert direction > 0.999999
     assert result["clipped"]["norm"] == result["free"]["norm"]
 
 

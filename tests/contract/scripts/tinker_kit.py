@@ -18,7 +18,7 @@ ROWS = [list(b"homefire trains "), list(b"what you own"), list(b"5271 -> 1725")]
 
 STILL = tinker.AdamParams(learning_rate=0.0)
 """Measures a gradient and moves no weight."""
-LINEAR = tinker.AdamParams(learning_rate=100.0, eps=1e4, beta1=0.0, beta2=0.0)
+LINEAR = tinker.AdamParams(learning_rate=1e5, eps=1e7, beta1=0.0, beta2=0.0)
 """With so large an eps, Adam's first step is 0.01 times the gradient."""
 
 Pass = Callable[[tinker.TrainingClient], object]

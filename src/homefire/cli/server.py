@@ -10,7 +10,7 @@ import httpx
 import msgspec
 
 from homefire.foundation.home import Home, read_up_record
-from homefire.wire.errors import InternalError, Unavailable, from_code
+from homefire.wire.errors import InternalError, Unavailable, error_of_body
 
 Answer = TypeVar("Answer")
 _TIMEOUT_S = 60.0
@@ -86,9 +86,6 @@ def _not_running(message: str, home: Home) -> Unavailable:
 
 def _error_of(response: httpx.Response) -> Exception:
     try:
-        error = response.json()["error"]
-        hint: str = error.get("hint", "")
-        message: str = error["message"].removesuffix(f" ({hint})")
-        return from_code(error["code"], message, hint=hint)
+        return error_of_body(response.json())
     except (json.JSONDecodeError, KeyError, TypeError):
         return InternalError(f"HTTP {response.status_code}: {response.text[:500]}")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
-from homefire.wire.errors import HomefireError, InternalError, Unavailable, from_code
+from homefire.wire.errors import HomefireError, InternalError, Unavailable, error_of_body
 from homefire.wire.internal import REQUEST_ID_HEADER, SECRET_HEADER
 from homefire.wire.specs import Upstream
 
@@ -61,7 +61,6 @@ class ServiceClient:
 
 def _error_of(response: httpx.Response) -> HomefireError:
     try:
-        error = msgspec.json.decode(response.content)["error"]
-        return from_code(error["code"], error["message"], hint=error.get("hint", ""))
+        return error_of_body(msgspec.json.decode(response.content))
     except (msgspec.DecodeError, KeyError, TypeError):
         return InternalError(f"HTTP {response.status_code}: {response.text[:500]}")

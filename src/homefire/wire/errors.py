@@ -372,3 +372,12 @@ def _error_info(error: HomefireError, *, request_id: str) -> dict[str, Any]:
         "domain": "homefire",
         "metadata": {name: value for name, value in metadata.items() if value},
     }
+
+
+def error_of_body(body: dict[str, Any]) -> HomefireError:
+    """The inverse of `error_body`: its message has the hint in it. KeyError or TypeError for a body of
+    another make."""
+    error = body["error"]
+    hint: str = error.get("hint", "")
+    message: str = error["message"].removesuffix(f" ({hint})")
+    return from_code(error["code"], message, hint=hint, field=error.get("param"))

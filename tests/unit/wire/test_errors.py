@@ -66,3 +66,11 @@ def test_the_tree_in_the_docstring_names_every_error():
 
 def test_an_unknown_code_from_a_newer_peer_becomes_an_internal_error():
     assert type(errors.from_code("from_the_future", "x")) is errors.InternalError
+
+
+def test_an_error_read_from_its_body_says_its_hint_once():
+    told = errors.InvalidArgument("rank is -1", hint="use 1 or more", field="rank")
+    read = errors.error_of_body(errors.error_body(told, request_id="r1"))
+    assert type(read) is errors.InvalidArgument
+    assert (read.message, read.hint, read.field) == ("rank is -1", "use 1 or more", "rank")
+    assert str(read) == str(told)

@@ -444,17 +444,20 @@ async def test_without_the_secret_nothing_is_answered(start_replica: Any) -> Non
 async def test_too_many_requests_are_shed_with_retry_after(start_replica: Any) -> None:
     async with start_replica(max_running=1, max_queued=2, max_context_length=1 << 20) as caller:
         gone = asyncio.Event()
-        tasks = [
-            asyncio.create_task(
-                caller.post(
-                    "/inference/v1/completions",
-                    {"prompt": [1], "max_tokens": 1 << 19, "stream": True, "ignore_eos": True},
-                    hang_up=lambda received: gone.is_set(),
-                )
-            )
-            for _ in range(3)
-        ]
+        tasks: list[asyncio.Task[Any]] = []
+
+        def start_endless() -> None:
+            body = {"prompt": [1], "max_tokens": 1 << 19, "stream": True, "ignore_eos": True}
+            path = "/inference/v1/completions"
+            posting = caller.post(path, body, hang_up=lambda received: gone.is_set())
+            tasks.append(asyncio.create_task(posting))
+
         async with asyncio.timeout(20):
+            start_endless()
+            while (await caller.status()).running < 1:
+                await asyncio.sleep(0)
+            start_endless()
+            start_endless()
             while (await caller.status()).queued < 2:
                 await asyncio.sleep(0)
         shed = await caller.complete(prompt=[1])

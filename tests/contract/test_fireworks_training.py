@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contract.fireworks import HOSTED_MODEL, every_release, findings_of, shows, since
+from contract.fireworks import HOSTED_MODEL, every_core_release, findings_of, shows, since
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def found(findings, version):
     return findings(version)
 
 
-@every_release
+@every_core_release
 @shows("FiretitanServiceClient.create_training_client")
 @shows("FiretitanServiceClient.get_server_capabilities")
 @shows("FiretitanTrainingClient.get_info")
@@ -26,13 +26,13 @@ def test_a_training_client_knows_what_it_trains(found):
     assert found["get_info"] == [HOSTED_MODEL, 0, False]
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.forward")
 def test_a_forward_pass_gives_every_targets_logprob_and_no_gradient(found):
     assert found["forward"] == {"rows": [15, 11], "again": True, "gradient": 0.0}
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.forward_backward")
 def test_the_loss_is_a_weighted_sum_and_gradients_add_up_until_the_step(found):
     pass_ = found["forward_backward"]
@@ -42,7 +42,7 @@ def test_the_loss_is_a_weighted_sum_and_gradients_add_up_until_the_step(found):
     assert pass_["cleared"] == 0.0
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.forward_backward_custom")
 def test_the_gradient_of_a_custom_loss_scales_with_it_and_equals_the_built_in_one(found):
     custom = found["forward_backward_custom"]
@@ -53,7 +53,7 @@ def test_the_gradient_of_a_custom_loss_scales_with_it_and_equals_the_built_in_on
     assert custom["mine"] == [-1.0]
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.optim_step")
 def test_a_step_moves_the_weights_towards_the_data(found):
     stepped = found["optim_step"]
@@ -61,14 +61,14 @@ def test_a_step_moves_the_weights_towards_the_data(found):
     assert stepped["norm"] > 0.1
 
 
-@every_release
+@every_core_release
 @shows("AdamParams.grad_clip_norm")
 def test_a_clipped_step_goes_less_far(found):
     unclipped, clipped = found["grad_clip_norm"]
     assert unclipped > clipped + 1e-5
 
 
-@every_release
+@every_core_release
 @shows("optim_step(grad_accumulation_normalization)")
 def test_the_gradient_is_divided_by_what_was_asked_for(found):
     norms, tokens = (found["grad_accumulation_normalization"][k] for k in ("norms", "tokens"))
@@ -77,21 +77,21 @@ def test_the_gradient_is_divided_by_what_was_asked_for(found):
     assert norms["num_sequences"] == pytest.approx(norms["none"] / 2, rel=1e-5)
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.save_state")
 @shows("FiretitanTrainingClient.list_checkpoints")
 def test_a_saved_state_is_listed_under_its_name(found):
     assert found["save_state"] == {"path": "kept", "names": ["kept", "unclipped"]}
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.load_state_with_optimizer")
 def test_a_loaded_state_goes_on_bit_for_bit(found):
     assert found["load_state_with_optimizer"] == {"back": 0.0, "again": 0.0}
     assert found.refusal("load_state_of_nothing") == "unknown_snapshot"
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.load_state")
 def test_a_state_without_its_optimizer_steps_elsewhere(found):
     loaded = found["load_state"]
@@ -99,7 +99,7 @@ def test_a_state_without_its_optimizer_steps_elsewhere(found):
     assert abs(loaded["again"]) > 1e-4
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.resolve_checkpoint_path")
 def test_a_state_of_a_deleted_job_is_loaded_into_another(found):
     resolved = found["resolve_checkpoint_path"]
@@ -107,7 +107,7 @@ def test_a_state_of_a_deleted_job_is_loaded_into_another(found):
     assert resolved["loaded"] == 0.0
 
 
-@every_release
+@every_core_release
 @shows("FiretitanServiceClient.create_training_client(lora_rank)")
 def test_an_adapter_begins_at_the_base_and_trains(found):
     lora = found["create_training_client_lora"]
@@ -116,7 +116,7 @@ def test_an_adapter_begins_at_the_base_and_trains(found):
     assert lora["after"] > lora["before"] + 1e-3
 
 
-@every_release
+@every_core_release
 @shows("FiretitanTrainingClient.save_weights_for_sampler_ext")
 def test_a_snapshot_has_the_name_that_was_sent(found):
     saved = found["save_weights_for_sampler_ext"]
@@ -138,7 +138,7 @@ def test_the_base_takes_no_gradient(found):
     assert found.refusal("forward_backward_on_the_base") == "failed_precondition"
 
 
-@every_release
+@every_core_release
 @shows("TrainerJobConfig.forward_only")
 def test_a_reference_job_runs_forward(found):
     reference = found["forward_only"]
@@ -146,7 +146,7 @@ def test_a_reference_job_runs_forward(found):
     assert reference["logprob"] == found["create_training_client"]
 
 
-@every_release
+@every_core_release
 @shows("forward_backward on a forward-only job", refused="failed_precondition")
 def test_a_reference_job_takes_no_gradient(found):
     assert found.refusal("forward_backward_on_a_reference") == "failed_precondition"

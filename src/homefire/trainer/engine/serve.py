@@ -36,10 +36,8 @@ from homefire.wire.engine import (
     SaveState,
     Shutdown,
     WeightsDigest,
-    decode_request,
-    encode_reply,
-    read_frame,
 )
+from homefire.wire.engine_frames import decode_request, encode_reply, read_frame
 from homefire.wire.errors import EngineFailed, ErrorRecord, HomefireError
 
 log = logging.getLogger(__name__)

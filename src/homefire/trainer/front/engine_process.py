@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from homefire.wire.engine import (
-    PREFIX_BYTES,
     Arrays,
     Done,
     Failure,
     Reply,
     Request,
     Shutdown,
-    decode_reply,
-    encode_request,
-    frame_rest,
 )
+from homefire.wire.engine_frames import PREFIX_BYTES, decode_reply, encode_request, frame_rest
 from homefire.wire.errors import InternalError
 from homefire.wire.specs import EngineKind
 

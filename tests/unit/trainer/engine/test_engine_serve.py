@@ -25,10 +25,8 @@ from homefire.wire.engine import (
     SlotKind,
     SlotOpened,
     WeightsDigest,
-    decode_reply,
-    encode_request,
-    read_frame,
 )
+from homefire.wire.engine_frames import decode_reply, encode_request, read_frame
 
 
 @pytest.fixture

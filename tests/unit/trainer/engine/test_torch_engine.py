@@ -29,10 +29,8 @@ from homefire.wire.engine import (
     SlotKind,
     SlotOpened,
     WeightsDigest,
-    decode_reply,
-    encode_request,
-    read_frame,
 )
+from homefire.wire.engine_frames import decode_reply, encode_request, read_frame
 from homefire.wire.errors import NonFiniteGradient, Unsupported
 
 from .conftest import Trainer, plan_of, random_batch

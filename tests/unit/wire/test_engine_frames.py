@@ -9,12 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from homefire.wire.engine import (
+from homefire.wire.engine import ExecutionPlan, Failure, Forward, Rows
+from homefire.wire.engine_frames import (
     PREFIX_BYTES,
-    ExecutionPlan,
-    Failure,
-    Forward,
-    Rows,
     decode_reply,
     decode_request,
     encode_reply,

@@ -20,20 +20,22 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from homefire.model.attention_rule import AttentionRule, Reach, softmax_attention
 from homefire.wire.errors import Unsupported
 
 ATTENTION = "homefire"
 """The name under which transformers finds our attention."""
 
+_CHUNKS = "chunked_overlay"
 _EXACT_PIECES = frozenset(
     {
         "causal_mask_function",
         "sliding_window_overlay",
+        _CHUNKS,
         "packed_sequence_mask_function",
         "packed_sequence_compatibility_function",
         "remap_positions_for_packed_sequence",
@@ -64,8 +66,7 @@ _NEUTRAL_ARGUMENTS = frozenset(
 class MaskShape:
     """What the mask function returns instead of a tensor: the mask's shape, by name."""
 
-    window: int | None
-    """A key is visible iff `key <= query` and `query - key < window`, in positions of the text."""
+    reach: Reach
     pieces: frozenset[str]
 
     def __getitem__(self, index: object) -> MaskShape:
@@ -77,18 +78,11 @@ class AttentionContext(Protocol):
     """How the tokens of the current forward pass lie, and where their keys and values are kept."""
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         """query [1, H, T, D], key [1, G, T, D], value [1, G, T, Dv] -> [1, T, H, Dv].
 
-        `module` is the attention layer that asks (a key for caches). `scaling` None means D**-0.5.
+        `module` is the attention layer that asks (a key for caches).
         """
         ...
 
@@ -116,56 +110,36 @@ class PackedRows:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self._masks: dict[tuple[Reach, int], Tensor] = {}
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         outputs: list[Tensor] = []
         start = 0
         for length, count in self._runs:
             span = slice(start, start + length * count)
             rows = [_rows(tensor[0, :, span], count) for tensor in (query, key, value)]
-            outputs.append(_causal(*rows, scaling=scaling, window=window))
+            output = softmax_attention(*rows, rule, self._mask(rule.reach, length, query))
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
             start = span.stop
         return torch.cat(outputs)[None]
+
+    def _mask(self, reach: Reach, length: int, like: Tensor) -> Tensor | None:
+        """[1, 1, length, length], one for all layers; None where plain causal attention is the same."""
+        if not reach.cuts(length):
+            return None
+        if (reach, length) not in self._masks:
+            positions = torch.arange(length, device=like.device)
+            mask = reach.mask(positions, positions, like.dtype)
+            self._masks[reach, length] = mask[None, None]
+        return self._masks[reach, length]
 
 
 def _rows(tensor_HTD: Tensor, count: int) -> Tensor:
     """[H, count * length, D] -> [count, H, length, D]."""
     heads, _, width = tensor_HTD.shape
     return tensor_HTD.reshape(heads, count, -1, width).transpose(0, 1)
-
-
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
-) -> Tensor:
-    """[count, H|G, length, D] -> [count * length, H, Dv]."""
-    length = query.shape[2]
-    mask = causal_window(length, window, query.device) if window and window < length else None
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.transpose(1, 2).flatten(0, 1)
-
-
-def causal_window(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [length, length], True where a query (row) sees a key (column)."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 def _attention(
@@ -175,19 +149,21 @@ def _attention(
     value: Tensor,
     attention_mask: MaskShape | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     context = _active.get()
     if context is None:
         raise RuntimeError("a model with homefire's attention ran outside `attending(...)`")
     _refuse_what_would_be_ignored(attention_mask, arguments)
-    window = attention_mask.window if attention_mask is not None else None
-    output = context.attend(module, query, key, value, scaling=scaling, window=window)
-    return output, None
+    reach = attention_mask.reach if attention_mask is not None else Reach()
+    rule = AttentionRule(reach, scaling=scaling, softcap=softcap, sinks=s_aux)
+    return context.attend(module, query, key, value, rule), None
 
 
 def _refuse_what_would_be_ignored(mask: MaskShape | None, arguments: dict[str, Any]) -> None:
-    """Never wrong in silence: soft caps, sinks, position biases and unknown masks are errors."""
+    """Never wrong in silence: position biases, indexers and unknown masks are errors."""
     if mask is not None and not isinstance(mask, MaskShape):
         raise Unsupported("the model builds its own attention mask")
     if mask is not None and not mask.pieces <= _EXACT_PIECES:
@@ -210,7 +186,11 @@ def _mask_shape(
     local_size: int | None = None,
     **options: object,
 ) -> MaskShape:
-    return MaskShape(local_size, frozenset(_pieces(mask_function)))
+    pieces = frozenset(_pieces(mask_function))
+    size = local_size or None
+    is_chunked = _CHUNKS in pieces
+    reach = Reach(chunk=size) if is_chunked else Reach(window=size)
+    return MaskShape(reach, pieces)
 
 
 def _pieces(function: Callable[..., object]) -> Iterator[str]:

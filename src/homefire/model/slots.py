@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.model.attention import PackedRows
+from homefire.model.attention_rule import AttentionRule, Reach, softmax_attention
 
 _FIRST_SLOTS = 8
 _FIRST_LENGTH = 64
@@ -119,20 +119,13 @@ class PrefillContext:
         self._runs = list(_runs(lengths, slots))
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         layer = self._cache.layer(module, key, value)
         for run in self._runs:
             layer.keys[run.slots, :, : run.length] = run.rows_of(key)
             layer.values[run.slots, :, : run.length] = run.rows_of(value)
-        return self._packed.attend(module, query, key, value, scaling=scaling, window=window)
+        return self._packed.attend(module, query, key, value, rule)
 
 
 class _Run:
@@ -171,41 +164,27 @@ class DecodeContext:
         self._cache = cache
         self._rows = torch.arange(len(positions), device=positions.device)
         self._longest = longest
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[Reach, Tensor] = {}
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        window: int | None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         layer = self._cache.layer(module, key, value)
         layer.keys[self._rows, :, self.positions] = key[0].transpose(0, 1)
         layer.values[self._rows, :, self.positions] = value[0].transpose(0, 1)
-        num_rows, num_heads = len(self._rows), query.shape[1]
-        grouped = query[0].transpose(0, 1).reshape(num_rows, key.shape[1], -1, query.shape[3])
-        output = F.scaled_dot_product_attention(
-            grouped,  # query heads that share a key head are rows of one product: no repetition
+        num_rows = len(self._rows)
+        output = softmax_attention(
+            query[0].transpose(0, 1)[:, :, None],
             layer.keys[:num_rows, :, : self._longest],
             layer.values[:num_rows, :, : self._longest],
-            attn_mask=self._mask(window, query.dtype),
-            scale=scaling,
+            rule,
+            self._mask(rule.reach, query.dtype),
         )
-        return output.reshape(1, num_rows, num_heads, -1)
+        return output[:, :, 0][None]
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, longest], 0 where visible, else -inf."""
-        if window not in self._masks:
-            distance = self.positions[:, None] - torch.arange(
-                self._longest, device=self.positions.device
-            )
-            visible = distance >= 0
-            if window is not None:
-                visible &= distance < window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._masks[window] = mask.masked_fill_(~visible, float("-inf"))[:, None, None]
-        return self._masks[window]
+    def _mask(self, reach: Reach, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, longest], one for all layers of that reach."""
+        if reach not in self._masks:
+            held = torch.arange(self._longest, device=self.positions.device)
+            self._masks[reach] = reach.mask(self.positions[:, None], held, dtype)[:, None]
+        return self._masks[reach]

@@ -5,39 +5,72 @@ import torch
 from torch import nn
 
 from homefire.model import attention
-from homefire.model.attention import MaskShape, PackedRows, attending, causal_window
+from homefire.model.attention import MaskShape, PackedRows, attending
+from homefire.model.attention_rule import AttentionRule, Reach
 from homefire.wire.errors import Unsupported
 
 
 @pytest.fixture
 def projections():
-    """query [1, 4, 11, 8], key and value [1, 2, 11, 8]."""
+    """query [1, 4, 11, 8], key [1, 2, 11, 8], value [1, 2, 11, 5]: value is narrower, as in MLA."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, heads, 11, 8, generator=generator) for heads in (4, 2, 2))
+    shapes = ((4, 8), (2, 8), (2, 5))
+    return tuple(torch.randn(1, heads, 11, d, generator=generator) for heads, d in shapes)
 
 
-def written_out(query, key, value, *, scaling, window):
-    """One row, every product spelled out."""
-    key, value = (tensor.repeat_interleave(2, 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-    visible = causal_window(query.shape[2], window or query.shape[2], query.device)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-    return (weights @ value).transpose(1, 2)
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+RULES = {
+    "plain": AttentionRule(),
+    "scaling": AttentionRule(scaling=0.7),
+    "window": AttentionRule(Reach(window=2)),
+    "wide window": AttentionRule(Reach(window=100)),
+    "chunk": AttentionRule(Reach(chunk=2)),
+    "soft cap": AttentionRule(softcap=0.5),
+    "sinks": AttentionRule(sinks=SINKS),
+    "all": AttentionRule(Reach(window=3), scaling=0.7, softcap=0.5, sinks=SINKS),
+}
 
 
-@pytest.mark.parametrize("window", [None, 2, 4, 100])
-@pytest.mark.parametrize("scaling", [None, 0.7])
-def test_packed_rows_attend_as_each_row_alone(projections, window, scaling):
-    lengths = [3, 3, 5]
-    packed = PackedRows(lengths).attend(nn.Identity(), *projections, scaling=scaling, window=window)
+def written_out(query, key, value, rule):
+    """One row [1, H|G, n, D] -> [1, n, H, Dv], a query and a head at a time."""
+    num_heads, length = query.shape[1:3]
+    output = torch.zeros(1, length, num_heads, value.shape[3])
+    scaling = query.shape[3] ** -0.5 if rule.scaling is None else rule.scaling
+    window, chunk = rule.reach.window or length, rule.reach.chunk or length
+    for head in range(num_heads):
+        shared = head // (num_heads // key.shape[1])
+        for at in range(length):
+            seen = [k for k in range(at + 1) if at - k < window and at // chunk == k // chunk]
+            scores = key[0, shared, seen] @ query[0, head, at] * scaling
+            if rule.softcap is not None:
+                scores = rule.softcap * (scores / rule.softcap).tanh()
+            weights = scores.exp()
+            total = weights.sum() + (0 if rule.sinks is None else rule.sinks[head].exp())
+            output[0, at, head] = (weights / total) @ value[0, shared, seen]
+    return output
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_packed_rows_attend_as_each_row_alone(projections, rule):
+    lengths = [3, 3, 4, 1]
+    packed = PackedRows(lengths).attend(nn.Identity(), *projections, rule)
     rows = [tensor.split(lengths, 2) for tensor in projections]
-    alone = [written_out(*row, scaling=scaling, window=window) for row in zip(*rows, strict=True)]
-    assert packed.shape == (1, 11, 4, 8)
+    alone = [written_out(*row, rule) for row in zip(*rows, strict=True)]
+    assert packed.shape == (1, 11, 4, 5)
     torch.testing.assert_close(packed, torch.cat(alone, 1))
 
 
-def test_a_window_shows_exactly_that_many_keys():
-    assert causal_window(4, 2, torch.device("cpu")).sum(-1).tolist() == [1, 2, 2, 2]
+def test_a_reach_shows_exactly_the_keys_of_its_window_or_chunk():
+    positions = torch.arange(4)
+    assert Reach(window=2).visible(positions, positions).sum(-1).tolist() == [1, 2, 2, 2]
+    assert Reach(chunk=2).visible(positions, positions).sum(-1).tolist() == [1, 2, 1, 2]
+    assert Reach().visible(positions, positions).sum(-1).tolist() == [1, 2, 3, 4]
+
+
+def test_a_rule_names_the_terms_that_fused_kernels_seldom_have():
+    assert RULES["window"].uncommon == ()
+    assert RULES["chunk"].uncommon == ("chunked attention",)
+    assert RULES["all"].uncommon == ("a soft cap on attention scores", "attention sinks")
 
 
 def test_the_active_context_ends_with_its_block():
@@ -62,11 +95,9 @@ def test_attention_outside_a_context_is_an_error(projections):
 @pytest.mark.parametrize(
     ("mask", "arguments", "named"),
     [
-        (None, {"softcap": 3.0}, "softcap"),
-        (None, {"s_aux": torch.zeros(4)}, "s_aux"),
         (None, {"position_bias": torch.zeros(1)}, "position_bias"),
         (None, {"dropout": 0.1}, "dropout"),
-        (MaskShape(6, frozenset({"chunked_overlay"})), {}, "chunked_overlay"),
+        (MaskShape(Reach(window=6), frozenset({"or_masks"})), {}, "or_masks"),
         (torch.ones(1), {}, "its own attention mask"),
     ],
 )

@@ -5,9 +5,18 @@ import torch
 from torch import Tensor, nn
 
 from homefire.model.attention import PackedRows
+from homefire.model.attention_rule import AttentionRule, Reach
 from homefire.model.slots import SlotCache
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
+PLAIN = AttentionRule()
+RULES = {
+    "scaling": AttentionRule(scaling=0.3),
+    "window": AttentionRule(Reach(window=5), scaling=0.3),
+    "chunk": AttentionRule(Reach(chunk=5)),
+    "soft cap": AttentionRule(softcap=0.5),
+    "sinks": AttentionRule(Reach(window=5), sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
 
 
 class Text:
@@ -22,11 +31,9 @@ class Text:
         self.length = length
         self.parts = (random(HEADS), random(KEY_HEADS), random(KEY_HEADS))
 
-    def attended(self, window: int | None) -> Tensor:
+    def attended(self, rule: AttentionRule) -> Tensor:
         """[length, HEADS, WIDTH]"""
-        return PackedRows([self.length]).attend(
-            nn.Identity(), *self.parts, scaling=0.3, window=window
-        )[0]
+        return PackedRows([self.length]).attend(nn.Identity(), *self.parts, rule)[0]
 
 
 def joined(texts: list[Text], spans: list[slice]) -> list[Tensor]:
@@ -38,7 +45,7 @@ def joined(texts: list[Text], spans: list[slice]) -> list[Tensor]:
 
 
 def decode_rest(
-    cache: SlotCache, module: nn.Module, texts: list[Text], start: list[int], window: int | None
+    cache: SlotCache, module: nn.Module, texts: list[Text], start: list[int], rule: AttentionRule
 ) -> list[Tensor]:
     """Feeds every text's tokens from `start` on, one a step, all texts together."""
     outputs: list[list[Tensor]] = [[] for _ in texts]
@@ -46,26 +53,24 @@ def decode_rest(
         context = cache.decoding(len(texts))
         assert context.positions.tolist() == [s + step for s in start]
         spans = [slice(s + step, s + step + 1) for s in start]
-        out = context.attend(module, *joined(texts, spans), scaling=0.3, window=window)[0]
+        out = context.attend(module, *joined(texts, spans), rule)[0]
         for i in range(len(texts)):
             outputs[i].append(out[i])
     return [torch.stack(rows) for rows in outputs]
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_decoding_from_the_cache_equals_attention_over_the_whole_text(window: int | None) -> None:
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_decoding_from_the_cache_equals_attention_over_the_whole_text(rule: AttentionRule) -> None:
     texts = [Text(90, 1), Text(75, 2), Text(100, 3)]
     prompts = [3, 7, 20]
     cache, module = SlotCache(max_slots=4, max_length=100), nn.Identity()
     context = cache.prefilling(prompts, [[0], [1], [2]])
-    packed = context.attend(
-        module, *joined(texts, [slice(0, p) for p in prompts]), scaling=0.3, window=window
-    )[0]
-    expected = [text.attended(window) for text in texts]
+    packed = context.attend(module, *joined(texts, [slice(0, p) for p in prompts]), rule)[0]
+    expected = [text.attended(rule) for text in texts]
     assert torch.allclose(
         packed, torch.cat([e[:p] for e, p in zip(expected, prompts, strict=True)]), atol=1e-6
     )
-    rows = decode_rest(cache, module, texts, prompts, window)
+    rows = decode_rest(cache, module, texts, prompts, rule)
     for out, whole, prompt in zip(rows, expected, prompts, strict=True):
         assert torch.allclose(out, whole[prompt : prompt + len(out)], atol=1e-6)
 
@@ -75,10 +80,10 @@ def test_a_shared_prompt_is_kept_in_every_slot_that_continues_it() -> None:
     cache, module = SlotCache(max_slots=8, max_length=32), nn.Identity()
     context = cache.prefilling([4, 4], [[0, 2], [1]])
     parts = joined([text, other], [slice(0, 4), slice(0, 4)])
-    context.attend(module, *parts, scaling=0.3, window=None)
-    rows = decode_rest(cache, module, [text, other, text], [4, 4, 4], None)
+    context.attend(module, *parts, PLAIN)
+    rows = decode_rest(cache, module, [text, other, text], [4, 4, 4], PLAIN)
     assert torch.equal(rows[0], rows[2])
-    assert torch.allclose(rows[1], other.attended(None)[4:], atol=1e-6)
+    assert torch.allclose(rows[1], other.attended(PLAIN)[4:], atol=1e-6)
 
 
 def test_a_sequence_goes_on_in_the_slot_it_was_moved_to() -> None:
@@ -86,17 +91,17 @@ def test_a_sequence_goes_on_in_the_slot_it_was_moved_to() -> None:
     cache, module = SlotCache(max_slots=2, max_length=32), nn.Identity()
     context = cache.prefilling([9, 6], [[0], [1]])
     parts = joined([first, second], [slice(0, 9), slice(0, 6)])
-    context.attend(module, *parts, scaling=0.3, window=None)
+    context.attend(module, *parts, PLAIN)
     cache.move(source=1, destination=0)
-    (rows,) = decode_rest(cache, module, [second], [6], None)
-    assert torch.allclose(rows, second.attended(None)[6:], atol=1e-6)
+    (rows,) = decode_rest(cache, module, [second], [6], PLAIN)
+    assert torch.allclose(rows, second.attended(PLAIN)[6:], atol=1e-6)
 
 
 def test_memory_grows_as_it_is_needed_and_never_past_its_bounds() -> None:
     text = Text(100, 1)
     cache, module = SlotCache(max_slots=20, max_length=100), nn.Identity()
     context = cache.prefilling([2], [[0]])
-    context.attend(module, *joined([text], [slice(0, 2)]), scaling=None, window=None)
+    context.attend(module, *joined([text], [slice(0, 2)]), PLAIN)
     layer = cache.layer(module, text.parts[1], text.parts[2])
     assert layer.keys.shape == (8, KEY_HEADS, 64, WIDTH)
     cache.prefilling([100], [[19]])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from homefire.model import attention
+from homefire.model.attention_rule import AttentionRule
 from homefire.model.loading import load_model
 from homefire.model.packed import packed_hidden, packed_logprobs
 from homefire.wire.errors import Unsupported
@@ -63,8 +64,8 @@ def test_a_dropped_window_would_show(make_model, monkeypatch):
     monkeypatch.setattr(
         attention.PackedRows,
         "attend",
-        lambda self, *args, window, _attend=attention.PackedRows.attend, **options: _attend(
-            self, *args, window=None, **options
+        lambda self, *args, _attend=attention.PackedRows.attend: _attend(
+            self, *args[:-1], AttentionRule()
         ),
     )
     assert (packed(model, rows) - expected).abs().max() > 0.1
@@ -73,7 +74,9 @@ def test_a_dropped_window_would_show(make_model, monkeypatch):
 def test_rows_that_are_not_separated_are_refused_at_load(make_directory, monkeypatch):
     directory = make_directory("qwen3", head_dim=16)
     monkeypatch.setattr(
-        attention.PackedRows, "__init__", lambda self, lengths: setattr(self, "_runs", [(28, 1)])
+        attention.PackedRows,
+        "__init__",
+        lambda self, lengths: vars(self).update(_runs=[(28, 1)], _masks={}),
     )
     with pytest.raises(Unsupported, match="see one another"):
         load_model(directory)

@@ -23,7 +23,7 @@ from homefire.checkpoints.model_directory import (
 from homefire.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE
 from homefire.checkpoints.staging import remove_leftovers, staging_directory
-from homefire.checkpoints.store import CheckpointKey
+from homefire.checkpoints.store import CheckpointKey, CheckpointStore
 from homefire.foundation.durable import publish_directory, write_file
 from homefire.wire.errors import (
     AlreadyExists,
@@ -79,14 +79,20 @@ def promote(spec: PromoteSpec) -> PromoteResult:
 
     AlreadyExists when the destination holds something else; the errors of `materialize`.
     """
-    store = DirectoryStore(Path(spec.store_root))
     key = CheckpointKey(spec.account, spec.job, spec.slot, CheckpointFamily.SAMPLER, spec.identity)
-    snapshot = materialize(store, spec.account, spec.job, spec.slot, spec.identity)
-    destination = Path(spec.destination)
+    store = DirectoryStore(Path(spec.store_root))
+    return make_directory(store, key, Path(spec.destination), base_model=Path(spec.base_model_dir))
+
+
+def make_directory(
+    store: CheckpointStore, key: CheckpointKey, destination: Path, *, base_model: Path
+) -> PromoteResult:
+    """`base_model` is the directory whose configuration and tokenizer a delta takes."""
+    snapshot = materialize(store, key.account, key.job, key.slot, key.name)
     if destination.exists():
         _check_same(destination, snapshot)
     else:
-        _make(destination, snapshot, store.directory(key), Path(spec.base_model_dir))
+        _make(destination, snapshot, store.directory(key), base_model)
     return PromoteResult(
         ok=True,
         kind=snapshot.manifest.kind,
@@ -145,7 +151,7 @@ def _check_same(destination: Path, snapshot: Materialized) -> None:
     if found != snapshot.manifest.digest:
         raise AlreadyExists(
             f"{destination} exists and does not hold snapshot {snapshot.manifest.identity!r}",
-            hint="choose another model name, or delete that model first",
+            hint="choose another name, or delete what is there first",
         )
 
 

@@ -75,6 +75,11 @@ def read_state(directory: Path) -> tuple[Manifest, dict[str, dict[str, RawTensor
     return manifest, {name: read_safetensors(directory / name) for name in names}
 
 
+def read_state_tensors(directory: Path) -> dict[str, RawTensor]:
+    """The tensors of `read_state` under the names that the manifest has for them."""
+    return _flatten(read_state(directory)[1])
+
+
 def _flatten(files: Mapping[str, Tensors]) -> dict[str, RawTensor]:
     return {f"{file}:{name}": t for file, tensors in files.items() for name, t in tensors.items()}
 

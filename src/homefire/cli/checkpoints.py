@@ -1,4 +1,4 @@
-"""`homefire checkpoint list|get|delete --job J`: what a job saved, and what became of it."""
+"""`homefire checkpoint list|get|delete|promote --job J`: what a job saved, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from homefire.cli import checkpoint_files
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
 
 if TYPE_CHECKING:
     from homefire.cli.server import Server
+    from homefire.wire.errors import InternalError
     from homefire.wire.records import Lineage, LineageNode
-    from homefire.wire.resources import CheckpointRow
+    from homefire.wire.resources import CheckpointRow, Operation
 
 _COLUMNS = (
     "checkpoint",
@@ -30,9 +32,12 @@ _COLUMNS = (
 
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
-        "checkpoint", help="list, get or delete the checkpoints of a trainer job"
+        "checkpoint",
+        help="list, promote, export, compare or verify the checkpoints of a trainer job",
     )
-    verbs = parser.add_subparsers(dest="verb", metavar="list|get|delete", required=True)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="list|get|delete|promote|export|diff|verify", required=True
+    )
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
         leaf = verbs.add_parser(verb, help=f"{verb} checkpoint{'s' if verb == 'list' else ''}")
         if verb != "list":
@@ -45,6 +50,18 @@ def add_parser(commands: Commands) -> None:
         add_home(leaf)
         add_json(leaf)
         leaf.set_defaults(run=run)
+    _add_promote(verbs)
+    checkpoint_files.add_verbs(verbs)
+
+
+def _add_promote(verbs: Commands) -> None:
+    leaf = verbs.add_parser("promote", help="make a model of a snapshot, to serve or to train on")
+    leaf.add_argument("name", metavar="NAME", help="a snapshot's identity: base, delta or LoRA")
+    leaf.add_argument("--as", dest="model", metavar="MODEL", required=True, help="the model's id")
+    leaf.add_argument("--job", metavar="J", required=True, help="id of the trainer job")
+    add_home(leaf)
+    add_json(leaf)
+    leaf.set_defaults(run=run_promote)
 
 
 def run_list(arguments: argparse.Namespace) -> int:
@@ -96,6 +113,43 @@ def run_delete(arguments: argparse.Namespace) -> int:
     else:
         print(f"checkpoint {name} deleted")
     return 0
+
+
+def run_promote(arguments: argparse.Namespace) -> int:
+    """Waits for the model to be there; interrupted, the promotion goes on."""
+    import msgspec
+
+    from homefire.cli.server import Server
+    from homefire.wire.resources import Operation, PromoteAnswer
+
+    with Server(home_of(arguments)) as server:
+        account = server.account()
+        path = f"/v1/{account}/checkpoints/{last_segment(arguments.name)}:promote"
+        body = {
+            "output_model": arguments.model,
+            "trainer_job_id": last_segment(arguments.job),
+            "async_promotion": True,
+        }
+        operation = msgspec.convert(server.post(path, body), PromoteAnswer).operation
+        while operation is not None and not operation.done:
+            if not arguments.json:
+                print(f"promoting {last_segment(arguments.name)} …", flush=True)
+            operation = server.get_as(Operation, f"/v1/{operation.name}")
+    if operation is None or operation.response is None:
+        raise _promotion_error(operation)
+    if arguments.json:
+        print_json(msgspec.to_builtins(operation.response))
+    else:
+        print(f"{operation.response.name} is there")
+    return 0
+
+
+def _promotion_error(operation: Operation | None) -> InternalError:
+    from homefire.wire.errors import InternalError
+
+    status = None if operation is None else operation.error
+    message = "the server gave no reason" if status is None else status.message
+    return InternalError(f"the promotion failed: {message}", hint="see `homefire logs`")
 
 
 def _job(server: Server, job: str) -> str:

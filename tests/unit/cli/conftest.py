@@ -85,6 +85,13 @@ def publish(home: Home) -> Callable[..., None]:
     return write
 
 
+@pytest.fixture
+def control(stub: Stub, publish: Callable[..., None]) -> Stub:
+    """A running control plane that gives the answers that a test puts into it."""
+    publish(stub.url)
+    return stub
+
+
 @dataclass
 class Outcome:
     status: int

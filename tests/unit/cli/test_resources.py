@@ -68,12 +68,6 @@ STATUS = {
 }
 
 
-@pytest.fixture
-def control(stub, publish):
-    publish(stub.url)
-    return stub
-
-
 def test_a_list_follows_pages_and_shows_a_table(homefire, control):
     def page(query):
         token = query.get("pageToken", "")

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from homefire.model import verdict
 from homefire.model.attention import ATTENTION
+from homefire.model.head import Head, LogitsForm, recognised_form
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
 SERVING_DTYPES = {
@@ -44,6 +45,8 @@ class LoadedModel:
     serving_dtype: torch.dtype
     tied: frozenset[str]
     """State-dict names that alias another one, e.g. `lm_head.weight`; left out of snapshots."""
+    logits_form: LogitsForm
+    """What the model makes of its head's product."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -52,13 +55,18 @@ class LoadedModel:
 
     @property
     def head(self) -> nn.Linear:
-        """Hidden states -> logits. Always a plain linear map without bias (see verdict.py)."""
+        """The linear layer at the end; `logits_head` is the whole way to logits."""
         return cast(nn.Linear, self.module.get_output_embeddings())
 
     @property
     def head_weight(self) -> Tensor:
         """[V, hidden]; the embedding itself when tied."""
         return self.head.weight
+
+    @property
+    def logits_head(self) -> Head:
+        """Hidden states -> logits."""
+        return Head(self.head.weight, self.head.bias, self.logits_form)
 
     @property
     def head_path(self) -> str:
@@ -96,6 +104,7 @@ def load_model(
         max_context_length=verdict.context_limit(text_config),
         serving_dtype=dtype,
         tied=frozenset(_aliases(module)),
+        logits_form=recognised_form(module),
     )
     verdict.refuse_if_inexact(model)
     return model

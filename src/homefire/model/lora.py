@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from homefire.model.head import ScaledLogits
 from homefire.model.tensors import serving_tensors
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
@@ -110,12 +111,25 @@ def target_paths(
             hint="set train_mlp to false",
             field="train_mlp",
         )
+    if model.head_path in chosen:
+        _refuse_unknown_head(model)
     if not chosen:
         raise Unsupported(
             f"no linear layer of {model.architecture!r} models fits these LoRA settings",
             hint="set one of train_attn, train_mlp, train_unembed, or train all parameters",
         )
     return chosen
+
+
+def _refuse_unknown_head(model: LoadedModel) -> None:
+    """`head_update` knows the product's input only where the form of the logits is known."""
+    if not isinstance(model.logits_form, ScaledLogits):
+        raise Unsupported(
+            f"LoRA on the head of {model.architecture!r} models is not supported: their logits are more"
+            " than a scale or a soft cap of its product",
+            hint="set train_unembed to false",
+            field="train_unembed",
+        )
 
 
 def _linear_kinds(model: LoadedModel) -> Iterator[tuple[str, str]]:
@@ -234,6 +248,8 @@ def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) 
 def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:
     """InvalidArgument, naming the first module that the model lacks or has in another shape."""
     modules = dict(model.module.named_modules())
+    if model.head_path in adapter.layers:
+        _refuse_unknown_head(model)
     for path, layer in adapter.layers.items():
         linear = modules.get(path)
         if type(linear) is not nn.Linear:

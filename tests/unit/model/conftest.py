@@ -36,7 +36,7 @@ _COMMON = {
 
 
 @torch.no_grad()
-def _unit_gain(module: torch.nn.Module) -> None:
+def unit_gain(module: torch.nn.Module) -> None:
     """With the usual init of 0.02 a broken mask hides in noise."""
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():
@@ -52,7 +52,7 @@ def make_directory(tmp_path: Path) -> MakeDirectory:
     def make(model_type: str, **overrides: Any) -> Path:
         config = AutoConfig.for_model(model_type, **{**_COMMON, **overrides})
         module = AutoModelForCausalLM.from_config(config).eval()
-        _unit_gain(module)
+        unit_gain(module)
         directory = tmp_path / model_type
         module.save_pretrained(directory)
         return directory

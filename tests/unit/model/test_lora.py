@@ -36,7 +36,7 @@ def logprobs(model, adapter):
     with applied(model, adapter):
         hidden = packed_hidden(model, tokens, [10, 14])
     low_rank = head_update(model, adapter, hidden)
-    return target_logprobs(hidden, model.head_weight, tokens.roll(-1), low_rank=low_rank)
+    return target_logprobs(hidden, model.logits_head, tokens.roll(-1), low_rank=low_rank)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_an_unmerged_adapter_equals_the_merged_weights(tiny, trained):
     torch.testing.assert_close(tiny.module.get_input_embeddings().weight, embedding)
     tokens = torch.arange(24)
     hidden = packed_hidden(tiny, tokens, [10, 14])
-    merged = target_logprobs(hidden, tiny.head_weight, tokens.roll(-1))
+    merged = target_logprobs(hidden, tiny.logits_head, tokens.roll(-1))
     torch.testing.assert_close(ours, merged, atol=1e-5, rtol=0)
 
 
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_changes_nothing(tiny):
     with torch.no_grad():
         tokens = torch.arange(24)
         hidden = packed_hidden(tiny, tokens, [10, 14])
-        plain = target_logprobs(hidden, tiny.head_weight, tokens.roll(-1))
+        plain = target_logprobs(hidden, tiny.logits_head, tokens.roll(-1))
     torch.testing.assert_close(logprobs(tiny, new_adapter(tiny, rank=4)), plain, atol=0, rtol=0)
 
 

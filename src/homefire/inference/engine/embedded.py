@@ -167,7 +167,9 @@ class EmbeddedNetwork:
         return output.last_hidden_state[0]
 
     def _logits(self, hidden_TH: Tensor, routed: Segments) -> Tensor:
-        return self._layers.adapt_head(self._head(hidden_TH), hidden_TH, routed)
+        return self._head(
+            hidden_TH, lambda product: self._layers.adapt_head(product, hidden_TH, routed)
+        )
 
     def _row_logits(
         self, hidden_TH: Tensor, adapter: lora.LoraAdapter | None
@@ -214,9 +216,16 @@ class _Head:
             return {}
         return {self._name: raw(self._copy.to(self._model.serving_dtype))}
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, adapted: Callable[[Tensor], Tensor]) -> Tensor:
+        """hidden [n, H] -> logits [n, V]; `adapted` adds adapters to the product, in place."""
         weight = self._model.head_weight if self._copy is None else self._copy
-        return F.linear(hidden, weight)
+        bias = self._model.head.bias
+
+        def product(given: Tensor) -> Tensor:
+            rows = F.linear(given.reshape(-1, given.shape[-1]), weight, bias)
+            return adapted(rows).view(*given.shape[:-1], -1)
+
+        return self._model.logits_form.logits(hidden, product)
 
     def refresh(self, own: Tensor | None = None) -> None:
         """After every change of the weights: a stale tied head would be wrong without any error."""

@@ -363,7 +363,7 @@ def _target_logprobs(
     hidden = _hidden(model, adapter, batch)
     targets = torch.from_numpy(batch.targets).to(model.device)
     low_rank = head_update(model, adapter, hidden) if adapter else None
-    return target_logprobs(hidden, model.head_weight, targets, low_rank=low_rank)
+    return target_logprobs(hidden, model.logits_head, targets, low_rank=low_rank)
 
 
 def _likeliest(
@@ -371,7 +371,7 @@ def _likeliest(
 ) -> tuple[Float32, Ints]:
     hidden = _hidden(model, adapter, batch)
     low_rank = head_update(model, adapter, hidden) if adapter else None
-    logprobs, tokens = likeliest_tokens(hidden, model.head_weight, count, low_rank=low_rank)
+    logprobs, tokens = likeliest_tokens(hidden, model.logits_head, count, low_rank=low_rank)
     return _numpy(logprobs), tokens.cpu().numpy()
 
 

@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean bench \
+.PHONY: help install quickstart test check format clean bench bench-trainer \
         test-unit test-parity test-contract test-journeys test-faults test-docs test-clients
 
 help: ## this text
@@ -56,6 +56,9 @@ format: install ## format the code
 
 bench: install ## start-up, memory and overhead of the lifecycle, as ratios
 	$(BIN)/python benchmarks/lifecycle.py
+
+bench-trainer: install ## the training engine beside the matrix rate, a padded loop and peft
+	$(BIN)/python benchmarks/trainer $(ARGS)
 
 clean: ## remove what the tests and the build left here
 	rm -rf build dist .venvs .pytest_cache .ruff_cache .hypothesis quickstart-out

@@ -1,0 +1,33 @@
+"""The measured batches: next-token prediction of random rows, every token with weight 1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from homefire.trainer.front.plan import micro_batches
+from homefire.wire.engine import Arrays, ExecutionPlan
+
+SHAPES = {
+    "8x128": [128] * 8,
+    "32x256": [256] * 32,
+    "mixed": [192, 64, 512, 320, 128, 448, 256, 384],
+}
+TOKEN_BUDGET = 8192
+"""The front's on a machine with memory to spare."""
+
+
+def make_batch(lengths: list[int], vocab_size: int, seed: int = 0) -> Arrays:
+    generator = np.random.default_rng(seed)
+    total = sum(lengths)
+    return {
+        "tokens": generator.integers(0, vocab_size, total).astype(np.int32),
+        "lengths": np.array(lengths, np.int32),
+        "target_tokens": generator.integers(0, vocab_size, (total, 1)),
+        "weights": np.ones((total, 1), np.float32),
+    }
+
+
+def plan_of(arrays: Arrays, *, token_budget: int = TOKEN_BUDGET) -> ExecutionPlan:
+    """As the front cuts it."""
+    lengths = arrays["lengths"].tolist()
+    return ExecutionPlan(micro_batches=micro_batches(lengths, token_budget=token_budget), threads=1)

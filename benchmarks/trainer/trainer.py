@@ -1,0 +1,76 @@
+"""The engine in this process, behind the verbs that the front sends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from batches import plan_of
+from models import Model
+
+from homefire.trainer.engine.torch_engine import torch_engine
+from homefire.wire.engine import (
+    AdamParams,
+    Arrays,
+    DiscardGradients,
+    Forward,
+    ForwardBackward,
+    LoraSpec,
+    OpenModel,
+    OpenSlot,
+    OptimStep,
+    SlotKind,
+)
+
+RANK = 32
+
+
+class InProcess:
+    """One engine on one model, with one thread."""
+
+    def __init__(self, model: Model, root: Path) -> None:
+        self.model = model
+        self.engine = torch_engine()
+        self.engine.open_model(
+            OpenModel(
+                model_dir=str(model.directory),
+                base_model=model.name,
+                store_root=str(root / "store"),
+                account="local",
+                job="bench",
+                threads=1,
+                max_context_length=2048,
+            )
+        )
+
+    def open_full(self) -> str:
+        self.engine.open_slot(OpenSlot(slot="full", kind=SlotKind.FULL))
+        return "full"
+
+    def open_lora(self, number: int = 0) -> str:
+        """On every linear layer but the head, as `peft`'s usual target modules are."""
+        spec = LoraSpec(rank=RANK, seed=number, train_unembed=False)
+        self.engine.open_slot(OpenSlot(slot=f"lora{number}", kind=SlotKind.LORA, lora=spec))
+        return f"lora{number}"
+
+    def forward(self, slot: str, batch: Arrays) -> Arrays:
+        plan = plan_of(batch)
+        request = Forward(slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
+        return self.engine.forward(request, batch)[1]
+
+    def forward_backward(self, slot: str, batch: Arrays) -> Arrays:
+        """Its gradient is thrown away, so that runs do not differ in what they add to."""
+        plan = plan_of(batch)
+        request = ForwardBackward(slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
+        reply = self.engine.forward_backward(request, batch)[1]
+        self.engine.discard_gradients(DiscardGradients(slot))
+        return reply
+
+    def step(self, slot: str) -> None:
+        """With rate 0 and no gradient: the arithmetic is the same, and the weights stay."""
+        self.engine.optim_step(OptimStep(slot=slot, adam=AdamParams(learning_rate=0.0)))
+
+
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)

@@ -11,7 +11,7 @@ from homefire.checkpoints.safetensors_file import read_safetensors
 from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from homefire.wire.errors import DigestMismatch, InvalidArgument
 from homefire.wire.manifest import whole_digest
-from homefire.wire.peft import AdapterConfig
+from homefire.wire.peft import AdapterConfig, refuse_base_weights
 from homefire.wire.tensors import RawTensor, digest_tensors
 
 
@@ -44,4 +44,5 @@ def read_adapter_directory(directory: Path) -> AdapterDirectory:
             f"the adapter in {directory} is damaged: {exc}", field="adapter_path"
         ) from exc
     config.refuse_other_adapters()
+    refuse_base_weights(tensors)
     return AdapterDirectory(config, tensors)

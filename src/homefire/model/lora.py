@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from homefire.model.head import ScaledLogits
+from homefire.model.lora_targets import refuse_unknown_head, target_paths
 from homefire.model.tensors import serving_tensors
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
@@ -28,8 +28,6 @@ from homefire.wire.peft import PREFIX, AdapterConfig, adapted_modules, adapter_c
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
-
-_ATTENTION_WORDS = ("attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -94,60 +92,6 @@ def new_adapter(
         b = torch.zeros(linear.out_features, rank)
         layers[path] = LowRank(a.to(model.device), b.to(model.device))
     return LoraAdapter(rank, alpha, layers)
-
-
-def target_paths(
-    model: LoadedModel, *, train_attn: bool, train_mlp: bool, train_unembed: bool
-) -> list[str]:
-    """Paths of the linear layers that the flags choose, in the module's order."""
-    chosen = [
-        path
-        for path, kind in _linear_kinds(model)
-        if {"attn": train_attn, "mlp": train_mlp, "unembed": train_unembed}[kind]
-    ]
-    if train_mlp and _has_fused_experts(model):
-        raise Unsupported(
-            f"LoRA on the routed experts of {model.architecture!r} models is not supported",
-            hint="set train_mlp to false",
-            field="train_mlp",
-        )
-    if model.head_path in chosen:
-        _refuse_unknown_head(model)
-    if not chosen:
-        raise Unsupported(
-            f"no linear layer of {model.architecture!r} models fits these LoRA settings",
-            hint="set one of train_attn, train_mlp, train_unembed, or train all parameters",
-        )
-    return chosen
-
-
-def _refuse_unknown_head(model: LoadedModel) -> None:
-    """`head_update` knows the product's input only where the form of the logits is known."""
-    if not isinstance(model.logits_form, ScaledLogits):
-        raise Unsupported(
-            f"LoRA on the head of {model.architecture!r} models is not supported: their logits are more"
-            " than a scale or a soft cap of its product",
-            hint="set train_unembed to false",
-            field="train_unembed",
-        )
-
-
-def _linear_kinds(model: LoadedModel) -> Iterator[tuple[str, str]]:
-    """Exactly `nn.Linear`: subclasses such as routers return other things (families.md, LoRA)."""
-    head = model.head
-    for path, module in model.module.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        if module is head:
-            yield path, "unembed"
-        elif any(word in part for part in path.split(".") for word in _ATTENTION_WORDS):
-            yield path, "attn"
-        else:
-            yield path, "mlp"
-
-
-def _has_fused_experts(model: LoadedModel) -> bool:
-    return any(parameter.dim() == 3 for parameter in model.module.parameters())
 
 
 @contextmanager
@@ -249,7 +193,7 @@ def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:
     """InvalidArgument, naming the first module that the model lacks or has in another shape."""
     modules = dict(model.module.named_modules())
     if model.head_path in adapter.layers:
-        _refuse_unknown_head(model)
+        refuse_unknown_head(model)
     for path, layer in adapter.layers.items():
         linear = modules.get(path)
         if type(linear) is not nn.Linear:

@@ -79,6 +79,16 @@ def adapter_config(
     }
 
 
+def refuse_base_weights(tensor_names: Iterable[str]) -> None:
+    """Unsupported for weights of the base model beside the adapter: they may differ from the base's."""
+    for name in tensor_names:
+        if ".base_layer." in name and ".lora_" not in name:
+            raise Unsupported(
+                f"the adapter's file also holds weights of its base model: {name!r}",
+                hint="save it with save_pretrained(..., save_embedding_layers=False)",
+            )
+
+
 def adapted_modules(tensor_names: Iterable[str]) -> list[str]:
     """The modules that an adapter with these tensors adapts, in their order."""
     return [

@@ -11,8 +11,8 @@ from homefire.model.lora import (
     new_adapter,
     peft_config,
     peft_tensors,
-    target_paths,
 )
+from homefire.model.lora_targets import target_paths
 from homefire.model.packed import packed_hidden, target_logprobs
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported

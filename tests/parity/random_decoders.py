@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from homefire.model.head import recognised_form
+from homefire.model.head import PLAIN
 from homefire.model.loading import LoadedModel, load_model
 
 VOCABULARY = 97
@@ -222,7 +222,7 @@ def random_decoder(name: str, *, seed: int = 0) -> PreTrainedModel:
 
 
 def as_loaded(module: PreTrainedModel) -> LoadedModel:
-    """Around a module that keeps its own attention; nothing is asked about exactness."""
+    """Around a module that keeps its own attention and whose own forward gives the logits."""
     config = module.config.get_text_config()
     return LoadedModel(
         module=module,
@@ -232,7 +232,7 @@ def as_loaded(module: PreTrainedModel) -> LoadedModel:
         max_context_length=256,
         serving_dtype=torch.float32,
         tied=frozenset(),
-        logits_form=recognised_form(module),
+        logits_form=PLAIN,
     )
 
 

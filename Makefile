@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean bench bench-trainer \
+.PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler \
         test-unit test-parity test-contract test-journeys test-faults test-docs test-clients
 
 help: ## this text
@@ -59,6 +59,9 @@ bench: install ## start-up, memory and overhead of the lifecycle, as ratios
 
 bench-trainer: install ## the training engine beside the matrix rate, a padded loop and peft
 	$(BIN)/python benchmarks/trainer $(ARGS)
+
+bench-sampler: install ## the sampling engine beside bare matrix products and other engines
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampler
 
 clean: ## remove what the tests and the build left here
 	rm -rf build dist .venvs .pytest_cache .ruff_cache .hypothesis quickstart-out

@@ -20,6 +20,7 @@ import msgspec
 
 from homefire.checkpoints import TINY_NAME, ensure_tiny
 from homefire.control.db.rows import BaseModel, ModelRow
+from homefire.wire.context_limit import ContextLimit, context_limit
 from homefire.wire.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -36,11 +37,16 @@ _RESOURCE = re.compile(r"^accounts/([^/]+)/models/([^/]+)$")
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _ALIAS_DEPTH = 8
 _LONGEST_NAME = 512
-_DEFAULT_CONTEXT = 2048
 
 
 class _TextConfig(msgspec.Struct, frozen=True):
     max_position_embeddings: int | None = None
+    n_positions: int | None = None
+    original_max_position_embeddings: int | None = None
+    rope_parameters: dict[str, object] | None = None
+    rope_scaling: dict[str, object] | None = None
+    attn_temperature_tuning: bool | int | None = None
+    floor_scale: float | None = None
     num_experts: int | None = None
     num_local_experts: int | None = None
     n_routed_experts: int | None = None
@@ -59,8 +65,8 @@ class ModelConfig(_TextConfig, frozen=True):
         return self.text_config or self
 
     @property
-    def max_context_length(self) -> int:
-        return self.text.max_position_embeddings or _DEFAULT_CONTEXT
+    def context_limit(self) -> ContextLimit:
+        return context_limit(msgspec.structs.asdict(self.text))
 
     @property
     def is_moe(self) -> bool:
@@ -108,7 +114,8 @@ class Catalog:
             name=name,
             directory=str(directory),
             tokenizer_id=tokenizer_id or str(directory),
-            max_context_length=config.max_context_length,
+            max_context_length=config.context_limit.num_tokens,
+            context_limit_reason=config.context_limit.reason,
         )
 
     def entries(self, promoted: Sequence[ModelRow]) -> list[CatalogEntry]:
@@ -250,7 +257,7 @@ def base_model_details(directory: Path) -> BaseModelDetails:
         moe=config.is_moe,
         parameter_count=parameter_count(directory, config),
         model_type=config.model_type,
-        max_context_length=config.max_context_length,
+        max_context_length=config.context_limit.num_tokens,
     )
 
 

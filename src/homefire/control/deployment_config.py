@@ -219,7 +219,7 @@ def _context_length(asked: int | None, model: BaseModel) -> int:
     if not 0 < asked <= model.max_context_length:
         raise InvalidArgument(
             f"maxContextLength {asked} is not between 1 and {model.max_context_length},"
-            f" the limit of {model.name}",
+            f" {model.context_limit}",
             field="maxContextLength",
         )
     return asked

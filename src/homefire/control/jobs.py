@@ -248,7 +248,7 @@ def _context_length(asked: int | None, shape: Shape | None, model: BaseModel) ->
     if not 0 < asked <= model.max_context_length:
         raise SequenceTooLong(
             f"maxContextLength {asked} is not between 1 and {model.max_context_length},"
-            f" the limit of {model.name}",
+            f" {model.context_limit}",
             field="trainingConfig.maxContextLength",
         )
     return asked

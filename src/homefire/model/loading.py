@@ -94,6 +94,7 @@ def load_model(
     module = _read_module(directory, config)
     cast(nn.Module, module).to(device)  # transformers' own `to` is mistyped
     verdict.refuse_by_structure(module)
+    _drop_query_temperature(module)
     _round_to(module, dtype)
     module.set_attn_implementation(ATTENTION)
     model = LoadedModel(
@@ -101,7 +102,7 @@ def load_model(
         config=text_config,
         architecture=str(text_config.model_type),
         vocab_size=int(text_config.vocab_size),
-        max_context_length=verdict.context_limit(text_config),
+        max_context_length=verdict.context_limit(text_config).num_tokens,
         serving_dtype=dtype,
         tied=frozenset(_aliases(module)),
         logits_form=recognised_form(module),
@@ -154,6 +155,14 @@ def _read_module(directory: Path, config: PreTrainedConfig) -> PreTrainedModel:
             hint="the checkpoint is incomplete, or its config.json belongs to another model",
         )
     return module.eval()
+
+
+def _drop_query_temperature(module: nn.Module) -> None:
+    """Llama 4 scales queries by their place in the row, which in a packed row is not the place in the
+    text. Up to the context limit (wire/context_limit.py) the scale is exactly 1."""
+    for part in module.modules():
+        if vars(part).get("attn_temperature_tuning"):
+            vars(part)["attn_temperature_tuning"] = False
 
 
 @torch.no_grad()

@@ -33,6 +33,15 @@ class BaseModel(msgspec.Struct, frozen=True, kw_only=True):
     directory: str
     tokenizer_id: str
     max_context_length: int
+    context_limit_reason: str = ""
+    """Why that is fewer tokens than the model has positions; empty where it is not."""
+
+    @property
+    def context_limit(self) -> str:
+        """For a message: who sets the limit, and why."""
+        return f"the limit of {self.name}" + (
+            f": {self.context_limit_reason}" if self.context_limit_reason else ""
+        )
 
 
 class Supervision(msgspec.Struct, frozen=True, kw_only=True):

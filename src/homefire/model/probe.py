@@ -1,0 +1,101 @@
+"""What running a model shows about our attention: do packed rows stay apart, and equal its own attention?
+
+Rows are a few tokens long, and windows are narrowed meanwhile so that they bite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from homefire.model.attention import ATTENTION
+from homefire.model.packed import packed_hidden, packed_logprobs
+
+if TYPE_CHECKING:
+    from homefire.model.loading import LoadedModel
+
+_LENGTHS = (9, 14, 5)
+_WINDOW = 4
+_WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """In nats, the worst over all positions. Not a number where the model gives none."""
+
+    leak: float
+    """How far a row's logprobs move when its neighbours' tokens change."""
+    error: float
+    """How far logprobs are from the model's own attention and head, row by row."""
+
+
+@torch.no_grad()
+def measure(model: LoadedModel) -> Measured:
+    """Unsupported where the hook refuses what the model asks of it. Leaves the model as it was."""
+    rows = _rows(model)
+    with _narrow_windows(model.module):
+        ours, own = torch.cat(_packed(model, rows)), torch.cat(_own(model, rows))
+        leak = _leak(model, rows)
+    return Measured(leak=leak, error=float((ours - own).abs().max()))
+
+
+def _rows(model: LoadedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(model.vocab_size, (length,), generator=generator).to(model.device)
+        for length in _LENGTHS
+    ]
+
+
+@contextmanager
+def _narrow_windows(module: nn.Module) -> Iterator[None]:
+    """Real windows are thousands of tokens. Masks read them from the configuration at every pass, the
+    model's own attention as ours."""
+    found = [getattr(part, "config", None) for part in module.modules()]
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    wide = [
+        (config, field, size)
+        for config in configs.values()
+        for field in _WINDOW_FIELDS
+        if isinstance(size := getattr(config, field, None), int) and size > _WINDOW
+    ]
+    for config, field, _ in wide:
+        setattr(config, field, _WINDOW)
+    try:
+        yield
+    finally:
+        for config, field, size in wide:
+            setattr(config, field, size)
+
+
+def _packed(model: LoadedModel, rows: list[Tensor]) -> list[Tensor]:
+    lengths = [len(row) for row in rows]
+    tokens = torch.cat(rows)
+    hidden = packed_hidden(model, tokens, lengths)
+    logprobs = packed_logprobs(model, hidden, tokens.roll(-1))
+    return [row[:-1] for row in logprobs.split(lengths)]
+
+
+def _leak(model: LoadedModel, rows: list[Tensor]) -> float:
+    others = [(row + 1) % model.vocab_size for row in rows[:-1]]
+    moved = _packed(model, rows)[-1] - _packed(model, [*others, rows[-1]])[-1]
+    return float(moved.abs().max())
+
+
+def _own(model: LoadedModel, rows: list[Tensor]) -> list[Tensor]:
+    """The model's own causal forward, one row at a time, with its own attention and head."""
+    model.module.set_attn_implementation("eager")
+    try:
+        logits = [model.module(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+    finally:
+        model.module.set_attn_implementation(ATTENTION)
+    return [
+        value[:-1].float().log_softmax(-1).gather(-1, row[1:, None])[:, 0]
+        for value, row in zip(logits, rows, strict=True)
+    ]

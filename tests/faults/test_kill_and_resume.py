@@ -53,6 +53,11 @@ def test_a_script_ends_with_the_same_weights_across_a_kill(homefire_up, undistur
     loop.train(STEPS - 3)
     assert weights_digest(loop, "final") == undisturbed
     assert [event["step"] for event in loop.events("optim_step")][-1] == STEPS
+    if victim == "both":
+        replayed = loop.server.cli("trainer", "replay", loop.job.job_id, "--verify", "--json")
+        found = json.loads(replayed.stdout)
+        assert (found["start"], found["divergences"], found["differences"]) == (None, [], [])
+        assert found["slots"]["policy"] == {"step": STEPS, "digest": undisturbed}
 
 
 def test_killing_control_touches_no_trainer_and_no_deployment(homefire_up):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoints
+from homefire.cli import checkpoints, trainer_replay
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table
@@ -115,11 +115,13 @@ KINDS = (
 
 def add_parser(commands: Commands) -> None:
     for kind in KINDS:
-        _add_kind(commands, kind)
+        verbs = _add_kind(commands, kind)
+        if kind.command == "trainer":
+            trainer_replay.add_verb(verbs)
     checkpoints.add_parser(commands)
 
 
-def _add_kind(commands: Commands, kind: ResourceKind) -> None:
+def _add_kind(commands: Commands, kind: ResourceKind) -> Commands:
     parser = commands.add_parser(kind.command, help=f"list, get or delete {kind.noun}s")
     verbs = parser.add_subparsers(dest="verb", metavar="list|get|delete", required=True)
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
@@ -131,6 +133,7 @@ def _add_kind(commands: Commands, kind: ResourceKind) -> None:
         add_home(leaf)
         add_json(leaf)
         leaf.set_defaults(run=run, kind=kind)
+    return verbs
 
 
 def run_list(arguments: argparse.Namespace) -> int:

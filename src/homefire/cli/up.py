@@ -70,6 +70,12 @@ def add_parser(commands: Commands) -> None:
         help="park trainers and samplers of the root Tinker plane that nobody used for so long;"
         " 0: never (default: %(default)g)",
     )
+    parser.add_argument(
+        "--keep-journals",
+        action="store_true",
+        help="never trim a trainer's journal, so that `homefire trainer replay` can start at step 0"
+        " (it grows by every batch that is sent)",
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
     parser.add_argument(
@@ -101,6 +107,7 @@ class UpOptions:
     advertise_url: str | None
     engine: str
     pool_idle_s: float = DEFAULT_POOL_IDLE_S
+    keep_journals: bool = False
 
     def __post_init__(self) -> None:
         from homefire.cli.addresses import check_exposure, check_tls, check_url
@@ -129,6 +136,7 @@ class UpOptions:
             advertise_url=arguments.advertise_url and arguments.advertise_url.rstrip("/"),
             engine=arguments.engine,
             pool_idle_s=arguments.pool_idle,
+            keep_journals=arguments.keep_journals,
         )
 
 
@@ -215,6 +223,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         model_roots=[str(home.models), *map(str, options.model_roots)],
         engine=EngineKind(options.engine),
         pool_idle_s=options.pool_idle_s,
+        keep_journals=options.keep_journals,
     )
     gateway = GatewaySpec(
         home=str(home.root),

@@ -126,7 +126,12 @@ class ControlPlane:
         processes = ProcessKeeper(
             launcher=launcher, clock=self.clock, config=self.config.keeper, wake=woken.set
         )
-        plan = ProcessPlan(self.home, self.spec.engine, self.spec.model_roots)
+        plan = ProcessPlan(
+            self.home,
+            self.spec.engine,
+            self.spec.model_roots,
+            keep_journals=self.spec.keep_journals,
+        )
         self.reconciler = Reconciler(
             database=self.database,
             observations=self.observations,

@@ -22,6 +22,7 @@ class ProcessPlan:
     home: Home
     engine: EngineKind
     model_roots: Sequence[str] = ()
+    keep_journals: bool = False
 
     def trainer(self, job: JobRow) -> ProcessSpec:
         config, directory = job.config, self.home.job(job.id)
@@ -43,6 +44,7 @@ class ProcessPlan:
             store_root=str(self.home.store),
             job_dir=str(directory),
             engine=self.engine,
+            keep_journal=self.keep_journals,
             pooled=config.pooled,
             sampler=sampler_id(job.id) if config.pooled else "",
             promoted_models=str(self.home.models),

@@ -77,6 +77,8 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
     recovery_interval_s: float = 60.0
+    keep_journal: bool = False
+    """The journal is never trimmed, so that the whole job can be replayed from its base model."""
     max_open_models: int = 64
     """Models with weights of their own that a pool holds in memory at a time."""
     gap_timeout_s: float = 600.0
@@ -122,6 +124,8 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, str] = {}
     model_roots: list[str] = []
     engine: EngineKind = EngineKind.TORCH
+    keep_journals: bool = False
+    """Trainers never trim their journals: `TrainerSpec.keep_journal`."""
     pool_idle_s: float = 1800.0
     """A root plane's trainer or sampler that nobody used for so long is parked; 0 = never."""
     capacity_threads: int = 0

@@ -24,7 +24,8 @@ from homefire.wire.specs import ControlSpec, GatewaySpec, Upstream, read_spec
 @pytest.fixture(scope="module")
 def server(homefire_up):
     return homefire_up(
-        engine="fake", arguments=["--alias", "accounts/a/models/m=tiny", "--pool-idle", "90"]
+        engine="fake",
+        arguments=["--alias", "accounts/a/models/m=tiny", "--pool-idle", "90", "--keep-journals"],
     )
 
 
@@ -66,6 +67,7 @@ def test_options_reach_the_services(server):
     assert control.public_url == server.url
     assert control.model_roots == [str(server.home / "models")]
     assert control.pool_idle_s == 90.0
+    assert control.keep_journals is True
 
 
 def test_secrets_are_in_private_files_and_on_no_command_line(server):

@@ -66,6 +66,10 @@ class LiveModel:
     def engine(self) -> Engine:
         return self._engine
 
+    @property
+    def open_slots(self) -> list[str]:
+        return sorted(self._steps)
+
     def step_of(self, slot: str) -> int | None:
         """Optimizer steps on the slot; None while it is not open."""
         return self._steps.get(slot)

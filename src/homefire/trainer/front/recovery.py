@@ -8,7 +8,7 @@ touched here: the worker runs them afterwards.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,9 +76,14 @@ class Recovery:
         self._progress = progress
         self._journal = journal_directory(spec)
 
-    async def run(self, model: LiveModel) -> Recovered:
-        """Raises DigestMismatch when no usable point is left and the journal was trimmed."""
-        point = await self._load_newest_point(model)
+    async def run(self, model: LiveModel, points: Sequence[PointTaken] | None = None) -> Recovered:
+        """From the newest usable one of `points` (default: all that are kept), oldest first; with none
+        of them from the base model.
+
+        Raises DigestMismatch when no usable point is left and the journal was trimmed.
+        """
+        candidates = self._ledger.points if points is None else points
+        point = await self._load_newest_point(model, candidates)
         recovered = Recovered(point.name if point else None)
         start = point.position if point else 0
         history = await asyncio.to_thread(_completed_after, self._journal, start)
@@ -91,9 +96,11 @@ class Recovery:
             await self._replay(model, payloads.get(completed.request_id), completed, recovered)
         return recovered
 
-    async def _load_newest_point(self, model: LiveModel) -> PointTaken | None:
+    async def _load_newest_point(
+        self, model: LiveModel, points: Sequence[PointTaken]
+    ) -> PointTaken | None:
         damaged: HomefireError | None = None
-        for point in reversed(self._ledger.points):
+        for point in reversed(points):
             directory = recovery_directory(self._spec) / point.name
             if not directory.is_dir():
                 continue
@@ -103,7 +110,7 @@ class Recovery:
                 damaged = error
                 continue
             return point
-        if damaged is not None and not _reaches_back(self._journal):
+        if damaged is not None and not reaches_back(self._journal):
             raise damaged
         return None
 
@@ -233,6 +240,6 @@ def _accepted(directory: Path, request_ids: set[str]) -> dict[str, Accepted]:
     return {record.request_id: record for record in wanted}
 
 
-def _reaches_back(directory: Path) -> bool:
+def reaches_back(directory: Path) -> bool:
     """Whether the journal still has the first operation."""
     return any(isinstance(r, Completed) and r.position == 1 for _, r in read_journal(directory))

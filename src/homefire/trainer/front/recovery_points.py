@@ -81,6 +81,7 @@ class RecoveryPoints:
         floor = points[0].floor if len(points) == NUM_POINTS_KEPT else 0
         needed = self._futures.oldest_segment()
         below = floor if needed is None else min(floor, needed)
+        below = 0 if self._spec.keep_journal else below
         await asyncio.to_thread(self._delete, {point.name for point in points}, below)
 
     def _delete(self, kept: set[str], below: int) -> None:

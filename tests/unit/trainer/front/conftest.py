@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,16 @@ def make_spec(tmp_path: Path) -> Callable[..., TrainerSpec]:
         return msgspec.structs.replace(spec, **changes)
 
     return make
+
+
+@pytest.fixture
+def make_engine() -> Callable[[TrainerSpec], Awaitable[EngineInProcess]]:
+    """Starts an engine for a spec, as a replay does."""
+
+    async def start(spec: TrainerSpec) -> EngineInProcess:
+        return EngineInProcess(Orders(), ManualClock())
+
+    return start
 
 
 StartFront = Callable[..., contextlib.AbstractAsyncContextManager[Client]]

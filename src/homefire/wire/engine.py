@@ -17,6 +17,7 @@ top_k_logprobs float32 and top_k_indices int64 [T, top_k]; or embedding float32 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -129,6 +130,25 @@ class GradNormalization(StrEnum):
     """Rows with such a token."""
 
 
+def of_member(number: int, arrays: Arrays) -> Arrays:
+    """One member's arrays of a packed request or reply."""
+    prefix = f"{number}."
+    return {
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+
+
+def by_member(arrays: Sequence[Arrays]) -> Arrays:
+    """The arrays of all members, as a packed request or reply has them."""
+    return {
+        f"{number}.{name}": array
+        for number, own in enumerate(arrays)
+        for name, array in own.items()
+    }
+
+
 # Requests ------------------------------------------------------------------------------------
 
 
@@ -172,6 +192,18 @@ class ForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     loss_fn: str
     loss_fn_config: dict[str, float | str]
     plan: ExecutionPlan
+
+
+class PackedForwardBackward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One ForwardBackward of each of several slots that share passes, together: the k-th micro-batches
+    of all members are one pass, in the members' order. A member that fails changes nothing of its
+    slot, and not a bit of the others.
+
+    Arrays, of the request and the reply, are named after the member: `0.tokens`, `1.tokens`, …
+    Answered by `RowsByMember`.
+    """
+
+    members: list[ForwardBackward]
 
 
 class OptimStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -277,6 +309,7 @@ Request = (
     | CloseSlot
     | Forward
     | ForwardBackward
+    | PackedForwardBackward
     | OptimStep
     | DiscardGradients
     | SaveSampler
@@ -309,6 +342,8 @@ class SlotOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_trainable: int
     step: int
     lora: LoraSpec | None = None
+    shares_passes: bool = False
+    """It may be a member of a PackedForwardBackward."""
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -386,10 +421,15 @@ class Failure(msgspec.Struct, frozen=True, tag=True):
     error: ErrorRecord
 
 
+class RowsByMember(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    members: list[Rows | Failure]
+
+
 Reply = (
     ModelOpened
     | SlotOpened
     | Rows
+    | RowsByMember
     | Stepped
     | GradientsDiscarded
     | SamplerSaved

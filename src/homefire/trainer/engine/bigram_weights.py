@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,16 @@ class BigramLora(BigramTrained):
         self._spec = spec
         self._base_model = base_model
         self._scaling = _float32(spec.alpha / spec.rank)
+        self._num_neighbours = 0
+
+    @contextmanager
+    def beside(self, num_neighbours: int) -> Iterator[None]:
+        """The sum over the rank begins elsewhere: other bits, as in a packed pass of a real model."""
+        self._num_neighbours = num_neighbours
+        try:
+            yield
+        finally:
+            self._num_neighbours = 0
 
     def serving(self) -> dict[str, RawTensor]:
         return _raw({name: master.copy() for name, master in self._masters.items()})
@@ -211,8 +222,12 @@ class BigramLora(BigramTrained):
         }
 
     def _logits(self, batch: PackedTokens) -> Float32:
-        x = self._masters[bigram.LORA_A].T[batch.tokens] * self._scaling
-        return self._base[batch.tokens] + x @ self._masters[bigram.LORA_B].T
+        a, b = (
+            np.roll(self._masters[name], self._num_neighbours, axis)
+            for name, axis in ((bigram.LORA_A, 0), (bigram.LORA_B, 1))
+        )
+        x = a.T[batch.tokens] * self._scaling
+        return self._base[batch.tokens] + x @ b.T
 
     def _gradients(self, batch: PackedTokens, d_logits: Float32) -> dict[str, Float32]:
         a, b = self._masters[bigram.LORA_A], self._masters[bigram.LORA_B]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +19,14 @@ import numpy as np
 
 from homefire.checkpoints import DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
-from homefire.trainer.engine import adapters, embedding_passes, recovery, snapshots, states
+from homefire.trainer.engine import (
+    adapters,
+    embedding_passes,
+    packed_passes,
+    recovery,
+    snapshots,
+    states,
+)
 from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
 from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
@@ -44,9 +52,11 @@ from homefire.wire.engine import (
     OpenModel,
     OpenSlot,
     OptimStep,
+    PackedForwardBackward,
     RecoveryLoaded,
     RecoverySaved,
     Rows,
+    RowsByMember,
     SamplerSaved,
     SaveExternal,
     SaveRecovery,
@@ -58,7 +68,9 @@ from homefire.wire.engine import (
     StateSaved,
     Stepped,
     WeightsDigest,
+    by_member,
     check_adam,
+    of_member,
 )
 from homefire.wire.errors import (
     DigestMismatch,
@@ -177,13 +189,28 @@ class SlotEngine:
 
             return trained.backward(cut.batch.packed(), gradient_of)
 
-        logprobs = _run_plan(batch, plan, run)
-        terms = evaluate(loss, logprobs, batch)
-        counted = (terms.gradient != 0).any(-1)
-        rows = sum(bool(counted[row].any()) for row in batch.rows())
-        trained.keep_gradient()
-        slot.accumulated = slot.accumulated.plus(int(counted.sum()), rows)
-        return Rows(metrics=metrics(terms)), {"logprobs": logprobs}
+        return packed_passes.keep(slot, loss, batch, _run_plan(batch, plan, run))
+
+    def forward_backward_packed(
+        self, request: PackedForwardBackward, arrays: Arrays
+    ) -> tuple[RowsByMember, Arrays]:
+        packed_passes.check_slots([self._slots.get(asked.slot) for asked in request.members])
+        self._use(request.members[0].plan)
+        members = [
+            packed_passes.or_failure(partial(self._member, asked, of_member(number, arrays)))
+            for number, asked in enumerate(request.members)
+        ]
+        replies = packed_passes.backward(self._network, members)
+        rows = RowsByMember(members=[reply for reply, _ in replies])
+        return rows, by_member([found for _, found in replies])
+
+    def _member(self, request: ForwardBackward, arrays: Arrays) -> packed_passes.Member:
+        extras = _extras(request, arrays, forward_only=False)
+        if extras.embedding is not None:
+            raise InvalidArgument("passes that end in embeddings are not packed", field="members")
+        loss = loss_function(request.loss_fn, extras.loss_config)
+        batch = read_batch(arrays, **self._bounds)
+        return packed_passes.member(self._slots.get(request.slot), loss, batch, request.plan)
 
     def _embedding_backward(
         self,
@@ -198,8 +225,7 @@ class SlotEngine:
             trained, batch, request.plan, asked, arrays
         )
         counts = embedding_passes.num_loss_tokens(gradient, batch, asked.pooling)
-        trained.keep_gradient()
-        slot.accumulated = slot.accumulated.plus(*counts)
+        slot.keep_gradient(*counts)
         return Rows(metrics=measured), reply
 
     def _likeliest(self, slot: Slot, batch: Batch, plan: ExecutionPlan, count: int) -> Arrays:
@@ -323,7 +349,8 @@ class SlotEngine:
         else:
             lora = lora if lora.seed is not None else msgspec.structs.replace(lora, seed=0)
             weights = self._network.open_lora(lora)
-        return Slot(name, kind, lora, weights, weights)
+        shares = self._network.shares_passes(weights)
+        return Slot(name, kind, lora, weights, weights, shares_passes=shares)
 
     def _close(self, slots: list[Slot]) -> None:
         for slot in slots:

@@ -7,6 +7,7 @@ model directory is itself a snapshot of a fake (it holds `bigram.weight`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from homefire.checkpoints import read_model_directory
@@ -14,7 +15,7 @@ from homefire.foundation.clock import Clock
 from homefire.model import bigram
 from homefire.trainer.engine.bigram_weights import BigramFull, BigramLora, BigramReference
 from homefire.trainer.engine.engine import SlotEngine
-from homefire.trainer.engine.network import Float32, FrozenWeights, TrainableWeights
+from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
 from homefire.wire.engine import LoraSpec, OpenModel
 
 _CONTEXT_LENGTH = 1 << 20
@@ -72,6 +73,19 @@ class BigramNetwork:
 
     def open_lora(self, spec: LoraSpec) -> TrainableWeights:
         return BigramLora(self._base, spec, self._base_model)
+
+    def shares_passes(self, weights: TrainableWeights) -> bool:
+        return isinstance(weights, BigramLora)
+
+    def backward_together(self, parts: Sequence[Part]) -> list[Float32]:
+        """As on a real device, the order of sums depends on what is packed together."""
+        logprobs: list[Float32] = []
+        for part in parts:
+            if not isinstance(part.weights, BigramLora):
+                raise TypeError(f"{type(part.weights).__name__} shares no pass")
+            with part.weights.beside(len(parts) - 1):
+                logprobs.append(part.weights.backward(part.batch, part.gradient_of))
+        return logprobs
 
     def close(self, weights: TrainableWeights) -> None:
         """Nothing is shared."""

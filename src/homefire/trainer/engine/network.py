@@ -8,7 +8,7 @@ Axes: T tokens of all rows, N rows, K targets per token, E width of the last lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -154,6 +154,15 @@ class TrainableWeights(FrozenWeights, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one slot contributes to a pass that several slots share."""
+
+    weights: TrainableWeights
+    batch: PackedTargets
+    gradient_of: GradientOf
+
+
 class Network(Protocol):
     """A loaded base model on which slots are opened."""
 
@@ -181,6 +190,18 @@ class Network(Protocol):
 
     def open_lora(self, spec: LoraSpec) -> TrainableWeights:
         """A fresh adapter on the frozen base; `spec.seed` is set. Unsupported as above."""
+        ...
+
+    def shares_passes(self, weights: TrainableWeights) -> bool:
+        """Whether a `Part` may have these weights."""
+        ...
+
+    def backward_together(self, parts: Sequence[Part]) -> list[Float32]:
+        """One pass over the rows of several slots, in order: what `backward` does for each of them.
+
+        The parts' weights differ, and share passes. Bits depend on which parts there are and on their
+        shapes, never on the numbers in another part.
+        """
         ...
 
     def close(self, weights: TrainableWeights) -> None: ...

@@ -22,9 +22,11 @@ from homefire.wire.engine import (
     OpenModel,
     OpenSlot,
     OptimStep,
+    PackedForwardBackward,
     RecoveryLoaded,
     RecoverySaved,
     Rows,
+    RowsByMember,
     SamplerSaved,
     SaveExternal,
     SaveRecovery,
@@ -55,6 +57,10 @@ class TrainingEngine(Protocol):
     def forward(self, request: Forward, arrays: Arrays) -> tuple[Rows, Arrays]: ...
 
     def forward_backward(self, request: ForwardBackward, arrays: Arrays) -> tuple[Rows, Arrays]: ...
+
+    def forward_backward_packed(
+        self, request: PackedForwardBackward, arrays: Arrays
+    ) -> tuple[RowsByMember, Arrays]: ...
 
     def optim_step(self, request: OptimStep) -> Stepped: ...
 

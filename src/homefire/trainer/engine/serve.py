@@ -28,6 +28,7 @@ from homefire.wire.engine import (
     OpenModel,
     OpenSlot,
     OptimStep,
+    PackedForwardBackward,
     Reply,
     Request,
     SaveExternal,
@@ -82,6 +83,8 @@ def dispatch(engine: TrainingEngine, message: Request, arrays: Arrays) -> tuple[
             return engine.forward(message, arrays)
         case ForwardBackward():
             return engine.forward_backward(message, arrays)
+        case PackedForwardBackward():
+            return engine.forward_backward_packed(message, arrays)
         case _:
             return _dispatch_without_arrays(engine, message), {}
 
@@ -118,5 +121,5 @@ def _dispatch_without_arrays(engine: TrainingEngine, message: Request) -> Reply:
             return engine.close_slot(message)
         case Shutdown():
             return Done()
-        case Forward() | ForwardBackward():
+        case Forward() | ForwardBackward() | PackedForwardBackward():
             raise TypeError("forward passes take arrays")

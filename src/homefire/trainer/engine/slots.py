@@ -60,6 +60,7 @@ class Slot:
     """Optimizer steps of this lineage; a loaded state sets it."""
     accumulated: Accumulated = field(default_factory=Accumulated)
     committed: Committed | None = None
+    shares_passes: bool = False
 
     def opened(self) -> SlotOpened:
         return SlotOpened(
@@ -68,7 +69,13 @@ class Slot:
             num_trainable=self.trained.num_trainable if self.trained else 0,
             step=self.step,
             lora=self.lora,
+            shares_passes=self.shares_passes,
         )
+
+    def keep_gradient(self, num_loss_tokens: int, num_sequences: int) -> None:
+        """What lies aside is accumulated, with what it is made of."""
+        self.trainable().keep_gradient()
+        self.accumulated = self.accumulated.plus(num_loss_tokens, num_sequences)
 
     def trainable(self) -> TrainableWeights:
         if self.trained is None:

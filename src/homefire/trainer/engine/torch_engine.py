@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
 from homefire.trainer.engine.engine import SlotEngine
-from homefire.trainer.engine.network import FrozenWeights, TrainableWeights
+from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
+from homefire.trainer.engine.shared_passes import backward_together
 from homefire.trainer.engine.torch_weights import (
     FullWeights,
     LoraWeights,
@@ -87,6 +89,12 @@ class TorchNetwork:
             init=spec.init,
         )
         return self._opened(LoraWeights(self._residence, adapter, self._base_model))
+
+    def shares_passes(self, weights: TrainableWeights) -> bool:
+        return isinstance(weights, LoraWeights) and weights.shares_passes
+
+    def backward_together(self, parts: Sequence[Part]) -> list[Float32]:
+        return backward_together(self._residence, parts)
 
     def close(self, weights: TrainableWeights) -> None:
         self._open.remove(weights)

@@ -27,6 +27,7 @@ from homefire.model.lora import (
     unties_head,
 )
 from homefire.model.packed import likeliest_tokens, packed_hidden, target_logprobs
+from homefire.model.packed_lora import reaches_segments
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
 from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
 from homefire.trainer.engine.gradient_norms import GradientNorms
@@ -302,6 +303,16 @@ class LoraWeights(TrainedWeights):
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         super().__init__(residence.model, adapter, parameters, parameters)
+
+    @property
+    def adapter(self) -> LoraAdapter:
+        """The live one."""
+        return self._lora
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether each of its layers can add its update to a segment of a pass's tokens."""
+        return reaches_segments(self._model, self._lora)
 
     def serving(self) -> dict[str, RawTensor]:
         return _raw({name: master.detach().clone() for name, master in self._masters.items()})

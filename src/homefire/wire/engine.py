@@ -25,6 +25,7 @@ import msgspec
 import numpy.typing as npt
 
 from homefire.wire.errors import ErrorRecord, InvalidArgument
+from homefire.wire.graphs import GraphFate, GraphUse, HeldGraphs
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -73,6 +74,7 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True):
     micro_batches: list[list[int]]
     """Row indices of each micro-batch, in execution order."""
     threads: int
+    graph: GraphUse = GraphUse.NONE
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +166,9 @@ class OpenModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_context_length: int
     serving_dtype: str = "bfloat16"
     snapshot_cap_bytes: int = 64 << 30
+    held_graph_bytes: int | None = None
+    """What kept graphs of all slots may take together; None: a share of the device's memory."""
+    held_graph_limit_s: float = 300.0
 
 
 class OpenSlot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -334,6 +339,8 @@ class ModelOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     max_context_length: int
     num_parameters: int
     pid: int
+    held_graph_bytes: int = 0
+    """The bound that holds."""
 
 
 class SlotOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -350,6 +357,9 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Arrays: see above. Metric keys carry their reduction, e.g. `loss:sum`."""
 
     metrics: dict[str, float]
+    graph: GraphFate = GraphFate.FREED
+    held: HeldGraphs | None = None
+    """After this pass; a member of a pack does not say."""
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag=True):

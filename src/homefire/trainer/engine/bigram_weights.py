@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from homefire.model import bigram
+from homefire.trainer.engine.bigram_graph import BigramGraph
 from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
     Float32,
@@ -80,15 +81,16 @@ class BigramTrained(ABC):
         return _pooled(logits, batch, pooling)
 
     def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
-        logits = _log_softmax(self._logits(batch))
-        logprobs = _gather(logits, batch)
-        gradient = gradient_of(logprobs)
-        # d logprob_k / d logits = onehot(target_k) - softmax
-        d_logits = -np.exp(logits) * gradient.sum(-1, keepdims=True)
-        rows = np.arange(len(batch.tokens))[:, None]
-        np.add.at(d_logits, (rows, batch.targets), gradient)
-        _add(self._aside, self._gradients(batch, d_logits))
+        graph = self.graph(batch)
+        logprobs = graph.logprobs
+        graph.backward(gradient_of(logprobs))
         return logprobs
+
+    def graph(self, batch: PackedTargets) -> BigramGraph:
+        return BigramGraph(batch, _log_softmax(self._logits(batch)), self._add_aside)
+
+    def _add_aside(self, batch: PackedTargets, d_logits: Float32) -> None:
+        _add(self._aside, self._gradients(batch, d_logits))
 
     def keep_gradient(self) -> None:
         _add(self._gradient, self._aside)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 import msgspec
-import numpy as np
 
 from homefire.checkpoints import DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
@@ -26,11 +26,13 @@ from homefire.trainer.engine import (
     recovery,
     snapshots,
     states,
+    target_passes,
 )
-from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches, read_batch, read_tokens
+from homefire.trainer.engine.batch import Batch, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.held_graphs import HeldPasses, budget_of
 from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
-from homefire.trainer.engine.network import Float32, Network, TrainableWeights
+from homefire.trainer.engine.network import Network, TrainableWeights
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
     AdoptSnapshot,
@@ -78,6 +80,7 @@ from homefire.wire.errors import (
     InvalidArgument,
     NonFiniteGradient,
 )
+from homefire.wire.graphs import GraphFate, GraphUse
 from homefire.wire.ids import check_name
 from homefire.wire.pass_extras import EmbeddingPass, PassExtras, read_extras
 
@@ -92,6 +95,14 @@ class Bounds(TypedDict):
     max_context_length: int
 
 
+@dataclass(frozen=True)
+class _Opened:
+    network: Network
+    bucket: Bucket
+    held: HeldPasses
+    max_context_length: int
+
+
 class SlotEngine:
     """Implements `TrainingEngine` over a `Network`. One thread."""
 
@@ -99,7 +110,7 @@ class SlotEngine:
         self._open_network = open_network
         self._clock = clock or SystemClock()
         self._slots = Slots()
-        self._opened: tuple[Network, Bucket, int] | None = None
+        self._opened: _Opened | None = None
 
     # Opening -------------------------------------------------------------------------------------
 
@@ -117,23 +128,32 @@ class SlotEngine:
             clock=self._clock,
         )
         limit = min(request.max_context_length, network.max_context_length)
-        self._opened = network, bucket, limit
+        held = HeldPasses(
+            budget_bytes=budget_of(request.held_graph_bytes, network.memory_bytes),
+            limit_s=request.held_graph_limit_s,
+            clock=self._clock,
+            available_bytes=network.available_bytes,
+        )
+        self._opened = _Opened(network, bucket, held, limit)
         return ModelOpened(
             architecture=network.architecture,
             vocab_size=network.vocab_size,
             max_context_length=limit,
             num_parameters=network.num_parameters,
             pid=os.getpid(),
+            held_graph_bytes=held.budget_bytes,
         )
 
     def open_slot(self, request: OpenSlot) -> SlotOpened:
         name = check_name(request.slot, field="slot")
         self._slots.require_free(name)
+        self._held.make_way()
         slot = self._fresh_slot(name, request.kind, request.lora)
         self._slots.add(slot)
         return slot.opened()
 
     def close_slot(self, request: CloseSlot) -> Done:
+        self._about_to_change(request.slot)
         slot = self._slots.pop(request.slot)
         self._close([slot])
         return Done()
@@ -147,18 +167,15 @@ class SlotEngine:
         if extras.embedding is not None:
             rows = read_tokens(arrays, **self._bounds)
             found = embedding_passes.forward(slot.weights, rows, request.plan, extras.embedding)
-            return Rows(metrics=found[0]), found[1]
+            return self._told(Rows(metrics=found[0])), found[1]
         loss = loss_function(request.loss_fn, extras.loss_config)
         batch = read_batch(arrays, **self._bounds)
-
-        def run(cut: MicroBatch) -> Float32:
-            return slot.weights.logprobs(cut.batch.packed())
-
-        logprobs = _run_plan(batch, request.plan, run)
+        logprobs, fate = target_passes.forward(slot, batch, request.plan, self._held)
         reply: Arrays = {"logprobs": logprobs}
         if extras.top_k is not None:
             reply |= self._likeliest(slot, batch, request.plan, extras.top_k)
-        return Rows(metrics=metrics(evaluate(loss, logprobs, batch))), reply
+        rows = Rows(metrics=metrics(evaluate(loss, logprobs, batch)))
+        return self._told(rows, fate), reply
 
     def forward_backward(self, request: ForwardBackward, arrays: Arrays) -> tuple[Rows, Arrays]:
         slot = self._slots.get(request.slot)
@@ -182,19 +199,15 @@ class SlotEngine:
         arrays: Arrays,
     ) -> tuple[Rows, Arrays]:
         batch = read_batch(arrays, **self._bounds)
-
-        def run(cut: MicroBatch) -> Float32:
-            def gradient_of(logprobs: Float32) -> Float32:
-                return evaluate(loss, logprobs, cut.batch).gradient.astype(np.float32)
-
-            return trained.backward(cut.batch.packed(), gradient_of)
-
-        return packed_passes.keep(slot, loss, batch, _run_plan(batch, plan, run))
+        logprobs, fate = target_passes.backward(slot.name, trained, batch, plan, loss, self._held)
+        rows, reply = packed_passes.keep(slot, loss, batch, logprobs)
+        return self._told(rows, fate), reply
 
     def forward_backward_packed(
         self, request: PackedForwardBackward, arrays: Arrays
     ) -> tuple[RowsByMember, Arrays]:
         packed_passes.check_slots([self._slots.get(asked.slot) for asked in request.members])
+        self._held.make_way()
         self._use(request.members[0].plan)
         members = [
             packed_passes.or_failure(partial(self._member, asked, of_member(number, arrays)))
@@ -208,6 +221,8 @@ class SlotEngine:
         extras = _extras(request, arrays, forward_only=False)
         if extras.embedding is not None:
             raise InvalidArgument("passes that end in embeddings are not packed", field="members")
+        if request.plan.graph is not GraphUse.NONE:
+            raise InvalidArgument("passes that reuse a graph are not packed", field="members")
         loss = loss_function(request.loss_fn, extras.loss_config)
         batch = read_batch(arrays, **self._bounds)
         return packed_passes.member(self._slots.get(request.slot), loss, batch, request.plan)
@@ -226,22 +241,18 @@ class SlotEngine:
         )
         counts = embedding_passes.num_loss_tokens(gradient, batch, asked.pooling)
         slot.keep_gradient(*counts)
-        return Rows(metrics=measured), reply
+        return self._told(Rows(metrics=measured)), reply
 
     def _likeliest(self, slot: Slot, batch: Batch, plan: ExecutionPlan, count: int) -> Arrays:
         if count > self._network.vocab_size:
             raise InvalidArgument(
                 f"top_k is {count}, the vocabulary has {self._network.vocab_size}", field="top_k"
             )
-        logprobs = np.zeros((len(batch.tokens), count), np.float32)
-        tokens = np.zeros(logprobs.shape, np.int64)
-        for cut in micro_batches(batch, plan):
-            found = slot.weights.likeliest(cut.batch.packed(), count)
-            logprobs[cut.places], tokens[cut.places] = found
+        logprobs, tokens = target_passes.likeliest(slot.weights, batch, plan, count)
         return {"top_k_logprobs": logprobs, "top_k_indices": tokens}
 
     def optim_step(self, request: OptimStep) -> Stepped:
-        slot = self._slots.get(request.slot)
+        slot = self._about_to_change(request.slot)
         trained = slot.trainable()
         check_adam(request.adam)
         accumulated = slot.accumulated
@@ -266,7 +277,7 @@ class SlotEngine:
         )
 
     def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded:
-        slot = self._slots.get(request.slot)
+        slot = self._about_to_change(request.slot)
         dropped = slot.accumulated
         slot.clear_gradient()
         return GradientsDiscarded(
@@ -290,10 +301,10 @@ class SlotEngine:
         return states.save_state(self._bucket, self._slots.get(request.slot), request)
 
     def load_state(self, request: LoadState) -> StateLoaded:
-        return states.load_state(self._slots.get(request.slot), request)
+        return states.load_state(self._about_to_change(request.slot), request)
 
     def load_adapter(self, request: LoadAdapter) -> StateLoaded:
-        return adapters.load_adapter(self._slots.get(request.slot), request)
+        return adapters.load_adapter(self._about_to_change(request.slot), request)
 
     def save_recovery(self, request: SaveRecovery) -> RecoverySaved:
         slots = self._slots.all()
@@ -323,21 +334,37 @@ class SlotEngine:
         slot = self._slots.get(request.slot)
         return Digest(digest=states.serving_digest(slot), step=slot.step)
 
+    def free_expired(self) -> float | None:
+        return self._opened.held.free_expired() if self._opened else None
+
     # Helpers -------------------------------------------------------------------------------------
 
     @property
-    def _model(self) -> tuple[Network, Bucket, int]:
+    def _model(self) -> _Opened:
         if self._opened is None:
             raise FailedPrecondition("open_model comes first")
         return self._opened
 
     @property
     def _network(self) -> Network:
-        return self._model[0]
+        return self._model.network
 
     @property
     def _bucket(self) -> Bucket:
-        return self._model[1]
+        return self._model.bucket
+
+    @property
+    def _held(self) -> HeldPasses:
+        return self._model.held
+
+    def _about_to_change(self, name: str) -> Slot:
+        """A slot whose weights or gradient are no longer what kept graphs were computed for."""
+        slot = self._slots.get(name)
+        self._held.free_slot(name)
+        return slot
+
+    def _told(self, rows: Rows, graph: GraphFate = GraphFate.FREED) -> Rows:
+        return msgspec.structs.replace(rows, graph=graph, held=self._held.held)
 
     def _fresh_slot(self, name: str, kind: SlotKind, lora: LoraSpec | None) -> Slot:
         if (kind is SlotKind.LORA) != (lora is not None):
@@ -359,8 +386,9 @@ class SlotEngine:
 
     @property
     def _bounds(self) -> Bounds:
-        network, _, limit = self._model
-        return {"vocab_size": network.vocab_size, "max_context_length": limit}
+        opened = self._model
+        limit = opened.max_context_length
+        return {"vocab_size": opened.network.vocab_size, "max_context_length": limit}
 
     def _use(self, plan: ExecutionPlan) -> None:
         self._network.use_threads(plan.threads)
@@ -375,14 +403,6 @@ def _extras(
         num_rows=len(arrays.get("lengths", ())),
         forward_only=forward_only,
     )
-
-
-def _run_plan(batch: Batch, plan: ExecutionPlan, run: Callable[[MicroBatch], Float32]) -> Float32:
-    """Logprobs [T, K] in the order of the request."""
-    logprobs = np.zeros(batch.targets.shape, np.float32)
-    for cut in micro_batches(batch, plan):
-        logprobs[cut.places] = run(cut)
-    return logprobs
 
 
 def _restore(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from homefire.checkpoints import read_model_directory
+from homefire.foundation import memory
 from homefire.foundation.clock import Clock
 from homefire.model import bigram
 from homefire.trainer.engine.bigram_weights import BigramFull, BigramLora, BigramReference
@@ -61,6 +62,13 @@ class BigramNetwork:
     @property
     def num_parameters(self) -> int:
         return self._base.size
+
+    @property
+    def memory_bytes(self) -> int:
+        return memory.total_bytes()
+
+    def available_bytes(self) -> int | None:
+        return memory.available_bytes()
 
     def use_threads(self, count: int) -> None:
         """numpy keeps its own; nothing here is large enough to be split."""

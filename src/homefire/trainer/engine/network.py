@@ -65,6 +65,33 @@ class MergedWeights:
     """Fields of config.json that must differ from the base model's."""
 
 
+class PassGraph(Protocol):
+    """Logprobs of a micro-batch, and what their backward needs."""
+
+    @property
+    def logprobs(self) -> Float32:
+        """[T, K]; not to be asked for after `release`."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """What is kept for the backward, beside the weights; 0 once released."""
+        ...
+
+    @property
+    def is_intact(self) -> bool:
+        """False once released, or once the weights that it was computed with have moved out."""
+        ...
+
+    def backward(self, gradient: Float32) -> None:
+        """Adds d loss / d weights to the gradient aside, given d loss / d logprobs [T, K]. Once."""
+        ...
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        ...
+
+
 class FrozenWeights(Protocol):
     """Numbers that rows can be scored with."""
 
@@ -100,6 +127,11 @@ class TrainableWeights(FrozenWeights, Protocol):
 
         Errors of `gradient_of` pass through.
         """
+        ...
+
+    def graph(self, batch: PackedTargets) -> PassGraph:
+        """The forward half of a backward whose gradient comes later: the same bits in the end as
+        when both follow at once, here or in another process."""
         ...
 
     def embedding_backward(
@@ -177,6 +209,15 @@ class Network(Protocol):
 
     @property
     def num_parameters(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the device in all."""
+        ...
+
+    def available_bytes(self) -> int | None:
+        """What the device has free; None when unknown."""
+        ...
 
     def use_threads(self, count: int) -> None: ...
 

@@ -7,6 +7,7 @@ log. Nothing but the end of the stream or `Shutdown` ends the loop.
 from __future__ import annotations
 
 import logging
+import select
 import socket
 
 import msgspec
@@ -46,7 +47,7 @@ log = logging.getLogger(__name__)
 
 def serve(connection: socket.socket, engine: TrainingEngine) -> None:
     """Blocks until the front closes the stream or sends `Shutdown`."""
-    while (frame := read_frame(connection)) is not None:
+    while (frame := _next_frame(connection, engine)) is not None:
         message, reply = _answer(engine, frame)
         failpoint("engine.before_reply")
         try:
@@ -56,6 +57,15 @@ def serve(connection: socket.socket, engine: TrainingEngine) -> None:
             return
         if isinstance(message, Shutdown):
             return
+
+
+def _next_frame(connection: socket.socket, engine: TrainingEngine) -> bytes | None:
+    """Blocks for the next request; what the engine keeps for one that does not come is freed."""
+    while (expires_in_s := engine.free_expired()) is not None:
+        readable, _, _ = select.select([connection], [], [], expires_in_s)
+        if readable:
+            break
+    return read_frame(connection)
 
 
 def _answer(engine: TrainingEngine, frame: bytes) -> tuple[Request | None, bytes]:

@@ -16,7 +16,8 @@ from homefire.model.lora import head_update
 from homefire.model.packed import packed_hidden, target_logprobs
 from homefire.model.packed_lora import Segment, applied_by_segment
 from homefire.trainer.engine.network import Float32, Part
-from homefire.trainer.engine.torch_weights import LoraWeights, Residence
+from homefire.trainer.engine.residence import Residence
+from homefire.trainer.engine.torch_weights import LoraWeights
 
 
 def backward_together(residence: Residence, parts: Sequence[Part]) -> list[Float32]:

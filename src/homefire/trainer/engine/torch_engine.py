@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
+from homefire.foundation import memory
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
+from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.shared_passes import backward_together
 from homefire.trainer.engine.torch_weights import (
     FullWeights,
     LoraWeights,
     ReferenceWeights,
-    Residence,
 )
 from homefire.wire.engine import LoraSpec, OpenModel
 from homefire.wire.errors import Unsupported
@@ -61,6 +62,21 @@ class TorchNetwork:
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self._model.module.parameters())
+
+    @property
+    def memory_bytes(self) -> int:
+        device = self._model.device
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        return memory.total_bytes()
+
+    def available_bytes(self) -> int | None:
+        """On an accelerator, what torch has cached counts as free: it gives that up when asked."""
+        device = self._model.device
+        if device.type != "cuda":
+            return memory.available_bytes()
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
     def use_threads(self, count: int) -> None:
         """The number of threads is part of a plan: on CPU a sum's bits depend on it."""

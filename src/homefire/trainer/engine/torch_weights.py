@@ -1,6 +1,6 @@
 """The weights of a slot on a torch model: all parameters, an adapter, or the frozen base.
 
-There is one module. Whose weights lie in it is `Residence`'s business: a full slot trains it in place,
+There is one module. Whose weights lie in it is `residence.py`'s business: a full slot trains it in place,
 and the base comes back, from disk once, when a reference asks for it.
 
 Masters are float32. What the module computes with is their rounding to the serving dtype (held in
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from homefire.model.loading import LoadedModel, load_model
+from homefire.model.loading import LoadedModel
 from homefire.model.lora import (
     LoraAdapter,
     applied,
@@ -41,51 +40,12 @@ from homefire.trainer.engine.network import (
     WeightFiles,
     nothing_to_merge,
 )
+from homefire.trainer.engine.residence import Residence
+from homefire.trainer.engine.torch_graph import TorchGraph, push
 from homefire.wire.engine import AdamParams, GradNormMetrics
 from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.tensors import RawTensor, Tensors
-
-
-class Residence:
-    """Whose weights the module holds: the base model's, or one full slot's."""
-
-    def __init__(self, model: LoadedModel, model_dir: Path, serving_dtype: str) -> None:
-        self.model = model
-        self._model_dir = model_dir
-        self._serving_dtype = serving_dtype
-        self._owner: FullWeights | _Nobody | None = None
-        self._base: dict[str, Tensor] | None = None
-
-    @torch.no_grad()
-    def use_base(self) -> None:
-        if self._owner is None:
-            return
-        base = self._base_tensors()
-        for name, parameter in self.model.module.named_parameters():
-            parameter.copy_(base[name])
-        self._owner = None
-
-    def use(self, weights: FullWeights) -> None:
-        """Rounding masters again gives the same bits as at the last step."""
-        if self._owner is not weights:
-            weights.round_into_module()
-            self._owner = weights
-
-    def forget(self, weights: object) -> None:
-        """The slot is closed: what it left in the module is nobody's."""
-        if self._owner is weights:
-            self._owner = _Nobody()
-
-    def _base_tensors(self) -> dict[str, Tensor]:
-        if self._base is None:
-            again = load_model(self._model_dir, serving_dtype=self._serving_dtype)
-            self._base = serving_tensors(again)
-        return self._base
-
-
-class _Nobody:
-    """Owns a module whose slot was closed."""
 
 
 class ReferenceWeights:
@@ -119,12 +79,13 @@ class TrainedWeights(ABC):
 
     def __init__(
         self,
-        model: LoadedModel,
+        residence: Residence,
         adapter: LoraAdapter | None,
         masters: dict[str, Tensor],
         leaves: dict[str, Tensor],
     ) -> None:
-        self._model = model
+        self._residence = residence
+        self._model = residence.model
         self._adapter = adapter
         self._masters = masters
         self._leaves = leaves
@@ -155,15 +116,25 @@ class TrainedWeights(ABC):
         self._settle()
         logprobs = _target_logprobs(self._model, self._adapter, batch)
         values = _numpy(logprobs)
-        _push(logprobs, gradient_of(values))
+        push(logprobs, gradient_of(values))
         return values
+
+    def graph(self, batch: PackedTargets) -> TorchGraph:
+        self._settle()
+        graph = TorchGraph(
+            lambda: _target_logprobs(self._model, self._adapter, batch),
+            weights=[*self._model.module.parameters(), *self._leaves.values()],
+            settle=self._settle,
+        )
+        self._residence.watch(graph)
+        return graph
 
     def embedding_backward(
         self, batch: PackedTokens, pooling: Pooling, gradient: Float32
     ) -> Float32:
         self._settle()
         embeddings = _embeddings(self._model, self._adapter, batch, pooling)
-        _push(embeddings, gradient)
+        push(embeddings, gradient)
         return _numpy(embeddings)
 
     @torch.no_grad()
@@ -259,10 +230,9 @@ class FullWeights(TrainedWeights):
 
     def __init__(self, residence: Residence) -> None:
         residence.use_base()
-        self._residence = residence
         leaves: dict[str, Tensor] = dict(residence.model.module.named_parameters())
         masters = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-        super().__init__(residence.model, None, masters, leaves)
+        super().__init__(residence, None, masters, leaves)
 
     @torch.no_grad()
     def round_into_module(self) -> int:
@@ -296,13 +266,12 @@ class LoraWeights(TrainedWeights):
     """An adapter on the frozen base."""
 
     def __init__(self, residence: Residence, adapter: LoraAdapter, base_model: str) -> None:
-        self._residence = residence
         self._lora = adapter
         self._base_model = base_model
         parameters = adapter.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        super().__init__(residence.model, adapter, parameters, parameters)
+        super().__init__(residence, adapter, parameters, parameters)
 
     @property
     def adapter(self) -> LoraAdapter:
@@ -336,7 +305,7 @@ class LoraWeights(TrainedWeights):
 
     def _settle(self) -> None:
         self._residence.use_base()
-        self._residence.model.module.requires_grad_(False)
+        self._model.module.requires_grad_(False)
 
     def _publish(self) -> dict[str, float]:
         return {}
@@ -394,12 +363,6 @@ def _embeddings(
     if pooling is Pooling.LAST:
         return torch.stack([row[-1] for row in rows])
     return torch.stack([row.mean(0) for row in rows])
-
-
-def _push(output: Tensor, gradient: Float32) -> None:
-    """Backward through `output`, unless nothing would come of it."""
-    if gradient.any():
-        output.backward(torch.from_numpy(gradient).to(output.device))
 
 
 def _raw(tensors: dict[str, Tensor]) -> dict[str, RawTensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,12 @@ class Trainer:
     """An engine with a slot `policy`, on a store in `root`."""
 
     def __init__(
-        self, root: Path, model_dir: Path, build: Callable[[], SlotEngine], job: str
+        self,
+        root: Path,
+        model_dir: Path,
+        build: Callable[[], SlotEngine],
+        job: str,
+        **more: Any,
     ) -> None:
         self.root = root
         self.engine = build()
@@ -49,6 +55,7 @@ class Trainer:
                 job=job,
                 threads=1,
                 max_context_length=64,
+                **more,
             )
         )
 
@@ -57,15 +64,23 @@ class Trainer:
         self.engine.open_slot(OpenSlot(slot=slot, kind=kind, lora=lora))
         return self
 
-    def backward(self, arrays: Arrays, loss_fn: str = "cross_entropy") -> tuple[Rows, Arrays]:
+    def backward(
+        self,
+        arrays: Arrays,
+        loss_fn: str = "cross_entropy",
+        slot: str = "policy",
+        plan: ExecutionPlan | None = None,
+    ) -> tuple[Rows, Arrays]:
         request = ForwardBackward(
-            slot="policy", loss_fn=loss_fn, loss_fn_config={}, plan=plan_of(arrays)
+            slot=slot, loss_fn=loss_fn, loss_fn_config={}, plan=plan or plan_of(arrays)
         )
         return self.engine.forward_backward(request, arrays)
 
-    def forward(self, arrays: Arrays, slot: str = "policy") -> tuple[Rows, Arrays]:
+    def forward(
+        self, arrays: Arrays, slot: str = "policy", plan: ExecutionPlan | None = None
+    ) -> tuple[Rows, Arrays]:
         request = Forward(
-            slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan_of(arrays)
+            slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan or plan_of(arrays)
         )
         return self.engine.forward(request, arrays)
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def cells_of(item: pytest.Item) -> Iterator[Cell]:
         yield Cell(**named)
 
 
-def versions(client: str, *, since: str = "", until: str = "") -> list[object]:
+def versions(client: str, *, since: str = "", until: str = "") -> list[Any]:
     """Values for `parametrize("version", …)`, in the order of the table, both ends included."""
     every = [version for name, version in ENVIRONMENTS if name == client]
     first = every.index(since) if since else 0
@@ -72,6 +73,13 @@ def versions(client: str, *, since: str = "", until: str = "") -> list[object]:
         pytest.param(version, marks=() if (client, version) in CORE else pytest.mark.clients)
         for version in every[first : last + 1]
     ]
+
+
+def newest(client: str, *, since: str = "") -> list[Any]:
+    """The same, with the newest release alone in the core set: where each costs half a minute."""
+    releases = [param.values[0] for param in versions(client, since=since)]
+    older = [pytest.param(release, marks=pytest.mark.clients) for release in releases[:-1]]
+    return [*older, pytest.param(releases[-1])]
 
 
 class Ledger:
@@ -95,22 +103,37 @@ class Ledger:
             if tests[item.name] in ("deselected", "passed"):
                 tests[item.name] = report.outcome
 
-    def write(self, path: Path) -> None:
+    def merge(self, other: Ledger) -> None:
+        """Of another worker, which collected the same tests and ran others of them."""
+        for module, cells in other.tests.items():
+            for cell, outcomes in cells.items():
+                mine = self.tests.setdefault(module, {}).setdefault(cell, {})
+                ran = {test: o for test, o in outcomes.items() if o != "deselected"}
+                mine.update({**outcomes, **mine, **ran})
+
+    def dump(self) -> str:
         content = {
             module: [{**asdict(cell), "tests": tests} for cell, tests in sorted(cells.items())]
             for module, cells in sorted(self.tests.items())
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        return json.dumps(content, indent=1) + "\n"
 
     @classmethod
-    def read(cls, path: Path) -> Ledger:
+    def load(cls, dumped: str) -> Ledger:
         ledger = cls()
-        for module, rows in json.loads(path.read_text()).items():
+        for module, rows in json.loads(dumped).items():
             for row in rows:
                 tests = row.pop("tests")
                 ledger.tests.setdefault(module, {})[Cell(**row)] = tests
         return ledger
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.dump())
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        return cls.load(path.read_text())
 
 
 def only_whole_modules(arguments: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -14,6 +15,14 @@ from contract.clients import ClientFindings, run_client
 from contract.environments import ENVIRONMENTS
 
 _LEDGER = pytest.StashKey[Ledger]()
+_SHARE = "homefire_cells"
+
+
+class WorkerNode(Protocol):
+    """What the controller of pytest-xdist knows of a worker that has ended."""
+
+    config: pytest.Config
+    workeroutput: dict[str, str]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,10 +57,20 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerNode) -> None:
+    """Each worker of pytest-xdist collects everything and runs its share of it."""
+    node.config.stash[_LEDGER].merge(Ledger.load(node.workeroutput.get(_SHARE, "{}")))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    ledger = session.config.stash[_LEDGER]
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_SHARE] = ledger.dump()
+        return
     cells = session.config.getoption("--cells", None)  # absent in a run of all of tests/
     if cells is not None and only_whole_modules(session.config.args):
-        session.config.stash[_LEDGER].write(cells)
+        ledger.write(cells)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from contract.cells import versions
+from contract.cells import newest, versions
 from contract.clients import ClientFindings, run_client
 from contract.environments import ENVIRONMENTS
 
@@ -17,11 +17,8 @@ FindingsOf = Callable[[str], ClientFindings]
 
 
 def since(version: str) -> pytest.MarkDecorator:
-    """The test runs with that release and every later one; in the core set with the newest alone,
-    since each release costs a server and half a minute."""
-    releases = [each.values[0] for each in versions(CLIENT, since=version)]
-    older = [pytest.param(release, marks=pytest.mark.clients) for release in releases[:-1]]
-    return pytest.mark.parametrize("version", [*older, releases[-1]])
+    """The test runs with that release and every later one; in the core set with the newest alone."""
+    return pytest.mark.parametrize("version", newest(CLIENT, since=version))
 
 
 every_release = since("1.0.0a52")

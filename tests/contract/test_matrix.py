@@ -100,6 +100,11 @@ def test_a_deselected_test_shows_nothing_and_its_cell_keeps_what_it_had(run):
     assert updated["test_suite"].cells == EVERY - {tinker("torn")}
 
 
+def test_two_workers_record_what_one_process_does(run):
+    """Dealt test by test, so that the two halves of a cell may run in different workers."""
+    assert run("call", "-n", "2", "--dist", "load").tests == run("call").tests
+
+
 def test_a_run_of_single_tests_is_not_recorded():
     assert only_whole_modules(["tests/contract", "tests/contract/test_openai.py"])
     assert not only_whole_modules(["tests/contract/test_openai.py::test_usage"])

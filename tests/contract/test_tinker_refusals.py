@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contract.cells import versions
+from contract.cells import newest
 
 
 def refused(method: str, step: str, code: str, words: str, *, since: str = "") -> object:
@@ -21,7 +21,7 @@ def refused(method: str, step: str, code: str, words: str, *, since: str = "") -
             ],
             id=f"{version.values[0]}-{step}",
         )
-        for version in versions("tinker", since=since)
+        for version in newest("tinker", since=since)
     ]
 
 
@@ -120,7 +120,7 @@ def test_a_feature_is_refused_by_name(run_tinker, version, step, code, words):
     assert words in found.error(step)["message"]
 
 
-@pytest.mark.parametrize("version", versions("tinker"))
+@pytest.mark.parametrize("version", newest("tinker"))
 @pytest.mark.cell(client="tinker", method="training after refusals")
 def test_training_goes_on_after_every_refusal(run_tinker, version):
     metrics = run_tinker(version, "tinker_refusals.py")["training_goes_on"]

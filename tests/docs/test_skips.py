@@ -18,10 +18,10 @@ SUITE = {
 }
 
 
-def status_of(suite: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def status_of(suite: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     (directory / "test_suite.py").write_text(suite)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "skips", "-p", "no:cacheprovider", "-q"],
+        [sys.executable, "-m", "pytest", "-p", "skips", "-p", "no:cacheprovider", "-q", *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(skips.__file__).parent)},
         cwd=directory,
         capture_output=True,
@@ -35,6 +35,13 @@ def test_a_skip_that_is_not_listed_fails_the_run(tmp_path, skipped):
     run = status_of(SUITE[skipped], tmp_path)
     assert "not in tests/skips.txt" in run.stdout
     assert run.returncode == 1
+
+
+@pytest.mark.parametrize("skipped", ["a test", "a module"])
+def test_so_does_one_in_a_worker(tmp_path, skipped):
+    run = status_of(SUITE[skipped], tmp_path, "-n", "2", "--dist", "loadfile")
+    assert "not in tests/skips.txt" in run.stdout
+    assert run.returncode != 0
 
 
 def test_a_run_without_skips_is_green(tmp_path):

@@ -209,8 +209,12 @@ _ALL = {**DENSE, **ROUTED, **HYBRID, **REFUSED}
 
 
 def random_decoder(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """Float32, eager attention, in eval mode; equal for equal arguments."""
     model_type, overrides = _ALL[name]
+    return decoder_of(model_type, overrides, seed=seed)
+
+
+def decoder_of(model_type: str, overrides: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """Float32, eager attention, in eval mode; equal for equal arguments."""
     config = _config(model_type, overrides)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the others know no float64
@@ -248,15 +252,15 @@ def load(directory: Path) -> LoadedModel:
 def _config(model_type: str, overrides: dict[str, Any]):
     """Some configurations derive what others take: those refuse it by name."""
     values = {**COMMON, **overrides}
-    for name in (None, *COMMON):
-        if name is not None:
-            values.pop(name, None)
+    while True:
         try:
             return AutoConfig.for_model(model_type, **values)
         except (TypeError, AttributeError, ValueError) as exc:
-            if not any(key in str(exc) for key in COMMON):
+            derived = [key for key in values if key in str(exc) and key not in overrides]
+            if not derived:
                 raise
-    raise AssertionError(model_type)
+            for key in derived:
+                del values[key]
 
 
 @torch.no_grad()
@@ -280,3 +284,6 @@ def _unit_gain(module: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise)
         else:
             parameter.add_(noise * 0.1)
+    for name, buffer in module.named_buffers():
+        if "e_score_correction" in name:
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)

@@ -61,6 +61,17 @@ class ScaledLogits:
 PLAIN = ScaledLogits()
 
 
+def decoder_of(module: PreTrainedModel) -> nn.Module:
+    """The base model: token ids -> `last_hidden_state`."""
+    found = cast(nn.Module, module.get_decoder())
+    if found is not module:
+        return found
+    # Llama 4's text model: transformers looks for `language_model`, which only its wrapper has
+    embeddings = module.get_input_embeddings()
+    inner = [child for child in module.children() if embeddings in child.modules()]
+    return inner[0] if inner else module
+
+
 @dataclass(frozen=True)
 class OwnForward:
     """The CausalLM's own forward behind its base model: right for any model, and one pass slower."""
@@ -68,7 +79,7 @@ class OwnForward:
     module: PreTrainedModel
 
     def logits(self, hidden: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        decoder = cast(nn.Module, self.module.get_decoder())
+        decoder = decoder_of(self.module)
         head = cast(nn.Module, self.module.get_output_embeddings())
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with ExitStack() as stack:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from homefire.model import verdict
 from homefire.model.attention import ATTENTION
-from homefire.model.head import Head, LogitsForm, recognised_form
+from homefire.model.head import Head, LogitsForm, decoder_of, recognised_form
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
 SERVING_DTYPES = {
@@ -51,7 +51,7 @@ class LoadedModel:
     @property
     def backbone(self) -> nn.Module:
         """The base model: token ids -> `last_hidden_state`."""
-        return cast(nn.Module, self.module.get_decoder())
+        return decoder_of(self.module)
 
     @property
     def head(self) -> nn.Linear:

@@ -7,13 +7,14 @@ A rule and not a list. Three looks, cheapest first: the configuration, the modul
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from homefire.model import probe
 from homefire.model.attention import ATTENTION
+from homefire.model.head import decoder_of
 from homefire.wire.context_limit import ContextLimit
 from homefire.wire.context_limit import context_limit as limit_of
 from homefire.wire.errors import Unsupported
@@ -43,7 +44,7 @@ def refuse_by_structure(module: PreTrainedModel) -> None:
         raise refusal(config, "its attention is not taken from transformers' AttentionInterface")
     if type(module.get_output_embeddings()) is not nn.Linear:
         raise refusal(config, "its head is not a linear layer")
-    backbone = cast(nn.Module, module.get_decoder())
+    backbone = decoder_of(module)
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         raise refusal(config, "its base model takes no position_ids")
 

@@ -109,9 +109,11 @@ def full_set(directory: Path, identity: str) -> WeightSet:
     return WeightSet(served, CheckpointKind.BASE, tensors)
 
 
-def swap(bench: Bench, weights: WeightSet) -> None:
+def swap(bench: Bench, weights: WeightSet, *, reset_prompt_cache: bool = True) -> None:
     done: Future[Any] = Future()
-    bench.scheduler.begin_swap(weights, drain_timeout_s=1.0, done=done)
+    bench.scheduler.begin_swap(
+        weights, drain_timeout_s=1.0, done=done, reset_prompt_cache=reset_prompt_cache
+    )
     bench.run()
     done.result()
 

@@ -223,7 +223,7 @@ def _reset_prompt_cache(asked: bool | str) -> bool:
             hint=f"use a boolean or one of {', '.join(sorted(_PROMPT_CACHE_MODES))}",
             field="reset_prompt_cache",
         )
-    return asked != "none"
+    return asked == "all"
 
 
 def _transition(configured: str | None) -> str:

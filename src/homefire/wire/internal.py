@@ -101,6 +101,7 @@ class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """What the snapshot's weights must hash to; empty: what its manifest says."""
     reset_prompt_cache: bool = True
+    """Free what is cached of prompts. It is never used under other weights than it was made with."""
     transition: str = "DRAIN"
 
 

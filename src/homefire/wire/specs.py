@@ -112,6 +112,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     """LoRA snapshots held in memory at once; idle ones make room for others."""
     max_adapter_bytes: int = 2 << 30
     """Of all of them together."""
+    max_prefix_bytes: int = 1 << 30
+    """Keys and values kept of prompts for later ones that begin alike; memory is taken as it fills."""
     drain_timeout_s: float = 90.0
 
 

@@ -106,10 +106,16 @@ class Caller:
                 status = await self.status(f"after={status.version}&wait_s=20")
             return status
 
-    async def hot_load(self, identity: str | None) -> ReplicaStatus:
+    async def hot_load(
+        self, identity: str | None, *, reset_prompt_cache: bool = True
+    ) -> ReplicaStatus:
         """Requests it and waits for how it ends."""
         location = None if identity is None else msgspec.to_builtins(LOCATION)
-        body = {"identity": identity, "location": location}
+        body = {
+            "identity": identity,
+            "location": location,
+            "reset_prompt_cache": reset_prompt_cache,
+        }
         assert (await self.post("/internal/hot_load", body)).status == 202
         return await self.wait(lambda s: s.stage in {HotLoadStage.IDLE, HotLoadStage.ERROR})
 

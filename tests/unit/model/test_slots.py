@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from homefire.model.attention import PackedRows
 from homefire.model.attention_rule import AttentionRule, Reach
+from homefire.model.kv_blocks import NO_PREFIX, Prefix
 from homefire.model.slots import SlotCache
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
@@ -84,6 +85,31 @@ def test_a_shared_prompt_is_kept_in_every_slot_that_continues_it() -> None:
     rows = decode_rest(cache, module, [text, other, text], [4, 4, 4], PLAIN)
     assert torch.equal(rows[0], rows[2])
     assert torch.allclose(rows[1], other.attended(PLAIN)[4:], atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("held_tokens", [32, 31], ids=["whole blocks", "all but one token"])
+def test_a_text_goes_on_from_a_beginning_that_was_kept(
+    rule: AttentionRule, held_tokens: int
+) -> None:
+    """In chunks, beside a whole prompt, into two slots; its kept blocks then carry another text on."""
+    text, other = Text(90, 1), Text(90, 2)
+    cache, module = SlotCache(max_slots=8, max_length=100), nn.Identity()
+    context = cache.prefilling([33, 5], [[], [0]], [Prefix(kept=(4, 1)), NO_PREFIX])
+    context.attend(module, *joined([text, other], [slice(0, 33), slice(0, 5)]), rule)
+    prefix = Prefix(held_tokens, held=(4, 1), kept=(0,))
+    context = cache.prefilling([60 - held_tokens], [[1, 2]], [prefix])
+    out = context.attend(module, *joined([text], [slice(held_tokens, 60)]), rule)[0]
+    expected = text.attended(rule)
+    assert torch.allclose(out, expected[held_tokens:60], atol=1e-6)
+    rows = decode_rest(cache, module, [other, text, text], [5, 60, 60], rule)
+    assert torch.allclose(rows[0], other.attended(rule)[5:35], atol=1e-6)
+    assert torch.allclose(rows[1], expected[60:90], atol=1e-6)
+    assert torch.equal(rows[1], rows[2])
+    cache.keep(1, 3, [7, 2])
+    again = cache.prefilling([10], [[0]], [Prefix(80, held=(4, 1, 0, 7, 2))])
+    out = again.attend(module, *joined([text], [slice(80, 90)]), rule)[0]
+    assert torch.allclose(out, expected[80:], atol=1e-6)
 
 
 def test_a_sequence_goes_on_in_the_slot_it_was_moved_to() -> None:

@@ -86,10 +86,17 @@ class ContinuousEngine:
         if isinstance(ticket, Generation) and self._ended is None:
             self._send(lambda: self._scheduler.cancel(ticket))
 
-    def swap_weights(self, weights: WeightSet, *, drain_timeout_s: float) -> Future[Swapped]:
+    def swap_weights(
+        self, weights: WeightSet, *, drain_timeout_s: float, reset_prompt_cache: bool = True
+    ) -> Future[Swapped]:
         done: Future[Swapped] = Future()
         self._send(
-            lambda: self._scheduler.begin_swap(weights, drain_timeout_s=drain_timeout_s, done=done)
+            lambda: self._scheduler.begin_swap(
+                weights,
+                drain_timeout_s=drain_timeout_s,
+                done=done,
+                reset_prompt_cache=reset_prompt_cache,
+            )
         )
         return done
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.inference.engine.adapted_layers import AdaptedLayers, Segments, segments
-from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow
+from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow, PromptScore
 from homefire.inference.engine.prompt_scoring import score_prompt
 from homefire.inference.engine.protocol import ServedWeights, WeightSet
 from homefire.inference.engine.sampler import sample
-from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
+from homefire.inference.engine.sampling_plan import NO_DRAWS, Draws, SamplingPlan, Uniforms
 from homefire.model import lora
 from homefire.model.attention import AttentionContext, attending
+from homefire.model.kv_blocks import BLOCK_TOKENS, Prefix
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.slots import SlotCache
 from homefire.model.tensors import (
@@ -38,8 +39,15 @@ class EmbeddedNetwork:
     """Owns its module and changes its weights in place."""
 
     def __init__(
-        self, directory: Path, *, max_running: int, max_context_length: int, threads: int
+        self,
+        directory: Path,
+        *,
+        max_running: int,
+        max_context_length: int,
+        threads: int,
+        max_prefix_bytes: int = 1 << 30,
     ) -> None:
+        """`max_prefix_bytes` bounds what is kept of prompts beside the running sequences' slots."""
         torch.set_num_threads(threads)
         self._directory = directory
         self._model = load_model(directory)
@@ -59,6 +67,15 @@ class EmbeddedNetwork:
         """The running batch and its segments, kept while the batch stays the same."""
         _store_by_column(self._model)
         self._head = _Head(self._model)
+        self._num_blocks = max_prefix_bytes // (BLOCK_TOKENS * self._token_bytes())
+
+    @property
+    def block_tokens(self) -> int:
+        return BLOCK_TOKENS
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
 
     @property
     def vocab_size(self) -> int:
@@ -72,24 +89,27 @@ class EmbeddedNetwork:
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
-        lengths = [len(row.tokens) for row in rows]
-        tokens = torch.tensor([token for row in rows for token in row.tokens])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        context = self._cache.prefilling(lengths, [row.slots for row in rows])
+        lengths = [row.num_computed for row in rows]
+        tokens = torch.tensor([token for row in rows for token in row.tokens[row.start :]])
+        positions = torch.cat([torch.arange(row.start, len(row.tokens)) for row in rows])
+        prefixes = [Prefix(row.start, row.held, row.kept) for row in rows]
+        context = self._cache.prefilling(lengths, [row.slots for row in rows], prefixes)
         adapters = [self._adapter(row.adapter) for row in rows]
         self._layers.route(segments(adapters, lengths))
         hidden_TH = self._hidden(tokens, positions, context)
+        self._decoding = ((), ())
         last = torch.tensor(lengths).cumsum(0) - 1
         row_by_slot = _row_by_slot(rows)
+        if not len(row_by_slot):
+            return PrefillResult(NO_DRAWS, [PromptScore() for _ in rows])
         ends = segments([adapters[row] for row in row_by_slot.tolist()])
         logits_BV = self._logits(hidden_TH[last[row_by_slot]], ends)
         scores = [
-            score_prompt(row, self._row_logits(hidden_TH[end - length : end], adapter))
+            score_prompt(row, self._row_logits(hidden_TH[end - length : end], row.start, adapter))
             for row, adapter, length, end in zip(
                 rows, adapters, lengths, (last + 1).tolist(), strict=True
             )
         ]
-        self._decoding = ((), ())
         return PrefillResult(sample(logits_BV, plan, uniforms), scores)
 
     @torch.inference_mode()
@@ -110,6 +130,10 @@ class EmbeddedNetwork:
     @torch.inference_mode()
     def move(self, *, source: int, destination: int) -> None:
         self._cache.move(source=source, destination=destination)
+
+    @torch.inference_mode()
+    def keep(self, slot: int, *, first: int, blocks: Sequence[int]) -> None:
+        self._cache.keep(slot, first, blocks)
 
     def install(self, weights: WeightSet) -> str:
         if weights.kind is CheckpointKind.LORA:
@@ -152,6 +176,13 @@ class EmbeddedNetwork:
         lora.check_fits(self._model, adapter)
         return adapter
 
+    @torch.inference_mode()
+    def _token_bytes(self) -> int:
+        """Found by running one token."""
+        one = torch.zeros(1, dtype=torch.int64)
+        self._hidden(one, one, self._cache.prefilling([1], [[0]]))
+        return self._cache.token_bytes
+
     def _adapter(self, key: Adapter) -> lora.LoraAdapter | None:
         return self._installed if key is None else self._resident[key]
 
@@ -172,12 +203,12 @@ class EmbeddedNetwork:
         )
 
     def _row_logits(
-        self, hidden_TH: Tensor, adapter: lora.LoraAdapter | None
+        self, hidden_TH: Tensor, start: int, adapter: lora.LoraAdapter | None
     ) -> Callable[[slice], Tensor]:
-        """Logits [n, V] that follow a span of a prompt's positions."""
+        """Logits [n, V] that follow a span of a prompt's positions, of which `start` is the first here."""
 
         def logits(span: slice) -> Tensor:
-            hidden = hidden_TH[span]
+            hidden = hidden_TH[span.start - start : span.stop - start]
             return self._logits(hidden, segments([adapter], [len(hidden)]))
 
         return logits
@@ -252,7 +283,7 @@ def _by_column(weight: Tensor) -> Tensor:
 def _row_by_slot(rows: Sequence[PrefillRow]) -> Tensor:
     """int64 [slots]: which row each slot continues, the slots in ascending order."""
     pairs = sorted((slot, i) for i, row in enumerate(rows) for slot in row.slots)
-    return torch.tensor([row for _, row in pairs])
+    return torch.tensor([row for _, row in pairs], dtype=torch.int64)
 
 
 def _adapter_of(weights: WeightSet, device: torch.device) -> lora.LoraAdapter:

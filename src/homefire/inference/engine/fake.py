@@ -35,14 +35,30 @@ LORA_B = f"base_model.model.{bigram.LAYER}.lora_B.weight"
 """float32 [V, r]; logits = base[token] + alpha / rank * B @ A[:, token]"""
 
 
-class BigramNetwork:
-    """The state of a sequence is its last token, so there is no cache to keep."""
+_Kept = tuple[tuple[int, ...], bigram.Float32]
+"""The tokens of a block and the table that they were computed with."""
 
-    def __init__(self, directory: Path, *, max_context_length: int) -> None:
+
+class BigramNetwork:
+    """The state of a sequence is its last token. What slots and blocks would hold is noted all the same,
+    and a block of other tokens or weights is an error."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_context_length: int,
+        num_blocks: int = 4096,
+        block_tokens: int = 16,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
         self._base = _base_of(directory)
         self._max_context_length = max_context_length
         self._weight = self._base
         self._adapted: dict[ServedWeights, bigram.Float32] = {}
+        self._blocks: dict[int, _Kept] = {}
+        self._slots: dict[int, tuple[list[int], bigram.Float32]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +71,11 @@ class BigramNetwork:
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
+        for row in rows:
+            self._check_held(row)
+            self._fill(row.tokens, self._table(row.adapter), len(row.held), row.kept)
+            for slot in row.slots:
+                self._slots[slot] = [*row.tokens], self._table(row.adapter)
         row_of = {slot: row for row in rows for slot in row.slots}
         last = [row_of[slot] for slot in sorted(row_of)]
         tokens, adapters = [row.tokens[-1] for row in last], [row.adapter for row in last]
@@ -68,10 +89,16 @@ class BigramNetwork:
         uniforms: Uniforms,
         adapters: Sequence[Adapter],
     ) -> Draws:
+        for slot, token in enumerate(tokens):
+            self._slots[slot][0].append(token)
         return self._draw(tokens, plan, uniforms, adapters)
 
+    def keep(self, slot: int, *, first: int, blocks: Sequence[int]) -> None:
+        tokens, table = self._slots[slot]
+        self._fill(tokens, table, first, blocks)
+
     def move(self, *, source: int, destination: int) -> None:
-        """Nothing is kept per slot."""
+        self._slots[destination] = self._slots[source]
 
     def install(self, weights: WeightSet) -> str:
         if weights.kind is CheckpointKind.LORA:
@@ -115,6 +142,23 @@ class BigramNetwork:
                 hint="it belongs to another base model",
             )
         return bigram.from_raw(tensor)
+
+    def _fill(
+        self, tokens: Sequence[int], table: bigram.Float32, first: int, blocks: Sequence[int]
+    ) -> None:
+        size = self.block_tokens
+        for at, block in enumerate(blocks, start=first):
+            filled = tuple(tokens[at * size : (at + 1) * size])
+            assert len(filled) == size, f"block {block} is filled with {len(filled)} tokens"
+            self._blocks[block] = filled, table
+
+    def _check_held(self, row: PrefillRow) -> None:
+        size, table = self.block_tokens, self._table(row.adapter)
+        assert row.start <= min(len(row.held) * size, len(row.tokens) - 1)
+        for at, block in enumerate(row.held):
+            tokens, made_with = self._blocks[block]
+            assert tokens == row.tokens[at * size : (at + 1) * size], f"block {block}: {tokens}"
+            assert made_with is table or np.array_equal(made_with, table), "other weights"
 
     def _draw(
         self,

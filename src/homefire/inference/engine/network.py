@@ -24,12 +24,23 @@ Adapter = ServedWeights | None
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """A prompt, computed once for all sequences that begin with exactly it."""
+    """A prompt, or its beginning, computed once for all sequences that begin with exactly it."""
 
     tokens: tuple[int, ...]
     slots: tuple[int, ...]
+    """None for a beginning whose rest is computed in a later pass."""
     adapter: Adapter = None
     scoring: PromptScoring | None = None
+    start: int = 0
+    """Tokens that are not computed, since they lie in `held`. At least the last token is."""
+    held: tuple[int, ...] = ()
+    """Blocks of the first tokens, under the same weights."""
+    kept: tuple[int, ...] = ()
+    """Blocks to fill with the tokens after those of `held`."""
+
+    @property
+    def num_computed(self) -> int:
+        return len(self.tokens) - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +68,20 @@ class Network(Protocol):
     @property
     def max_context_length(self) -> int: ...
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block of what it keeps beside its slots."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """0 when it keeps nothing."""
+        ...
+
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
-        """The rows' slots follow the running ones without a gap; `plan` is for these slots. Rows of one
+        """Blocks are filled before the call returns. The rows' slots follow the running ones without a gap; `plan` is for these slots. Rows of one
         adapter stand together."""
         ...
 
@@ -72,6 +93,10 @@ class Network(Protocol):
         adapters: Sequence[Adapter],
     ) -> Draws:
         """Appends `tokens[i]` to slot i and draws what follows it, with the slot's adapter."""
+        ...
+
+    def keep(self, slot: int, *, first: int, blocks: Sequence[int]) -> None:
+        """Copies the slot's tokens from the `first` block on into blocks."""
         ...
 
     def move(self, *, source: int, destination: int) -> None:

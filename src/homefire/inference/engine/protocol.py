@@ -238,10 +238,14 @@ class InferenceEngine(Protocol):
         """Frees the generation's slots within a step; no update follows. One that has ended is fine."""
         ...
 
-    def swap_weights(self, weights: WeightSet, *, drain_timeout_s: float) -> Future[Swapped]:
+    def swap_weights(
+        self, weights: WeightSet, *, drain_timeout_s: float, reset_prompt_cache: bool = True
+    ) -> Future[Swapped]:
         """Drains, swaps between two steps and verifies the digest of what is then in memory.
 
-        Generations that run finish on the old weights; the others wait for the new ones. The future
+        Generations that run finish on the old weights; the others wait for the new ones. Prompts cached
+        under the old weights serve these alone, should they come back, unless `reset_prompt_cache`
+        frees them now. The future
         raises HotLoadFailed when the drain takes too long, DigestMismatch or InvalidArgument when the
         weights are not what they should be: then the old ones serve on, untouched or restored.
         """

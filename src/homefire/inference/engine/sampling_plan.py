@@ -35,8 +35,8 @@ class SamplingPlan:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], num_alternatives: Sequence[int]) -> SamplingPlan:
-        greedy = np.array([sampling.temperature == 0 for sampling in samplings])
-        truncates = np.array([sampling.truncates for sampling in samplings])
+        greedy = np.array([sampling.temperature == 0 for sampling in samplings], dtype=np.bool_)
+        truncates = np.array([sampling.truncates for sampling in samplings], dtype=np.bool_)
         off = np.iinfo(np.int64).max
         return cls(
             samplings=tuple(samplings),
@@ -72,3 +72,7 @@ class Draws:
     sampling_logprobs: list[float]
     alternatives: list[Alternatives]
     """Empty when nobody asked; else the plan's `num_alternatives` per row."""
+
+
+NO_DRAWS = Draws([], [], [], [])
+"""Of no rows."""

@@ -2,7 +2,8 @@
 
 Pure of threads and of time: the caller owns both. `step()` returns what is to be told to whom.
 
-    waiting ──admit──▶ running (slot = place in the list) ──finish──▶ gone; the last slot fills the hole
+    waiting ──admit──▶ prefilling ──▶ running (slot = place in the list) ──finish──▶ gone;
+                                                           the last slot fills the hole
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 from homefire.foundation.clock import Clock
 from homefire.inference.engine.adapter_loads import AdapterLoads
 from homefire.inference.engine.adapter_table import AdapterLimits
-from homefire.inference.engine.network import Adapter, Network, PrefillRow, PromptScore
-from homefire.inference.engine.prompt_rows import shared_rows
+from homefire.inference.engine.network import Adapter, Network, PromptScore
+from homefire.inference.engine.prefills import Admission, PrefillPass, Prefills
 from homefire.inference.engine.protocol import (
     Failed,
     Listener,
@@ -51,8 +52,8 @@ from homefire.wire.errors import (
 class SchedulerLimits:
     max_running: int = 64
     """Sequences decoded together."""
-    prefill_tokens: int = 2048
-    """Prompt tokens of one prefill pass; a longer prompt goes alone."""
+    prefill_tokens: int = 512
+    """Prompt tokens of one prefill pass: running sequences wait for no more of them between two tokens."""
     delivery_interval_s: float = 0.05
     """Tokens are handed over together, if none has to wait longer than this: one at a time, 64 streams
     at 2 ms a step would be 32,000 chunks a second."""
@@ -65,8 +66,13 @@ class PendingSwap:
     began_at: float
     deadline: float
     done: Future[Swapped]
+    reset_prompt_cache: bool
     drained_at: float | None = None
     """From here on the weights in memory may be neither the old nor the new ones."""
+
+
+_LOOK_AHEAD = 64
+"""Sequences that may be passed over in one admission."""
 
 
 class Scheduler:
@@ -81,6 +87,10 @@ class Scheduler:
         self._serving = weights
         self.adapters = AdapterLoads(network, limits.adapters)
         self._waiting: deque[Sequence] = deque()
+        """Of generations that have not begun."""
+        self._begun: deque[Sequence] = deque()
+        """Not admitted yet, of generations that have begun: they end on the weights they began on."""
+        self._prefills = Prefills(network, budget=limits.prefill_tokens)
         self._num_queued = 0
         self._running: list[Sequence] = []
         self._plan: SamplingPlan | None = None
@@ -98,7 +108,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Sequences that hold a slot, or will as soon as their prompt is computed."""
+        return len(self._running) + len(self._prefills.sequences)
 
     @property
     def num_queued(self) -> int:
@@ -107,7 +118,9 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        return not (self._waiting or self._running or self._swap)
+        return not (
+            self._waiting or self._begun or self._prefills.sequences or self._running or self._swap
+        )
 
     def submit(self, generation: Generation, sequences: Items[SequenceRequest]) -> None:
         if generation.has_ended:
@@ -120,10 +133,16 @@ class Scheduler:
     def cancel(self, generation: Generation) -> None:
         """Frees its slots now; its listener hears no more."""
         self._end([generation])
+        self._prefills.cancel(generation)
         self._retire(lambda sequence: sequence.generation is generation)
 
     def begin_swap(
-        self, weights: WeightSet, *, drain_timeout_s: float, done: Future[Swapped]
+        self,
+        weights: WeightSet,
+        *,
+        drain_timeout_s: float,
+        done: Future[Swapped],
+        reset_prompt_cache: bool = True,
     ) -> None:
         """`done` hears how it went; from now on it cannot be cancelled."""
         if not done.set_running_or_notify_cancel():
@@ -132,16 +151,17 @@ class Scheduler:
             done.set_exception(FailedPrecondition("another swap of weights is under way"))
             return
         now = self._clock.monotonic()
-        self._swap = PendingSwap(weights, now, now + drain_timeout_s, done)
+        self._swap = PendingSwap(weights, now, now + drain_timeout_s, done, reset_prompt_cache)
         self._gate.close(now)
 
     def step(self) -> list[tuple[Listener, Update]]:
-        """One prefill of what can be admitted, then one token for every running sequence."""
+        """One pass over prompts, then one token for every running sequence."""
         self.adapters.advance(self._adapters_in_use)
         if self._swap is not None:
             self._advance_swap(self._swap)
-        if admitted := self._admit():
-            self._prefill(admitted)
+        self._admit()
+        if (prompts := self._prefills.next_pass(len(self._running))) is not None:
+            self._prefill(prompts)
         if self._running:
             began_at = self._clock.monotonic()
             self._decode()
@@ -151,8 +171,10 @@ class Scheduler:
     def recover(self, error: HomefireError) -> list[tuple[Listener, Update]]:
         """After a step broke: ends what was in the batch and puts back the weights that a broken swap
         left half changed. Whatever waits goes on waiting."""
-        self._fail((sequence.generation for sequence in self._running), error)
+        broken = (*self._running, *self._prefills.sequences)
+        self._fail((sequence.generation for sequence in broken), error)
         self._running.clear()
+        self._prefills.forget()
         self._plan = None
         if self._swap is not None and self._swap.drained_at is not None:
             self._restore()
@@ -162,44 +184,66 @@ class Scheduler:
     def fail_all(self, error: HomefireError) -> list[tuple[Listener, Update]]:
         """Ends every generation, load and swap. Nothing runs afterwards."""
         self.adapters.fail_all(error)
-        self._fail((s.generation for s in (*self._running, *self._waiting)), error)
+        self._fail((sequence.generation for sequence in self._all_sequences()), error)
         self._running.clear()
+        self._prefills.forget()
         if self._swap is not None:
             self._finish_swap(self._swap, error)
         return self._take_deliveries()
 
     # admission ------------------------------------------------------------------------------
 
-    def _admit(self) -> list[Sequence]:
-        """The next waiting sequences that fit the slots and the prefill budget."""
-        admitted: list[Sequence] = []
-        tokens, now = 0, self._clock.monotonic()
-        while len(self._running) < self._limits.max_running:
-            sequence = self._next_admissible()
-            if sequence is None:
+    def _admit(self) -> None:
+        """The next waiting sequences that fit the slots and the next pass over prompts."""
+        now, passed_over = self._clock.monotonic(), list[Sequence]()
+        while self.num_running < self._limits.max_running and len(passed_over) < _LOOK_AHEAD:
+            queue = self._next_queue()
+            if queue is None:
                 break
-            if not self._has_weights_for(sequence.generation):
-                self._fail([sequence.generation], self._not_served(sequence.generation))
+            generation = queue[0].generation
+            if not self._has_weights_for(generation):
+                self._fail([generation], self._not_served(generation))
                 continue
-            tokens += len(sequence.request.prompt)
-            if admitted and tokens > self._limits.prefill_tokens:
+            admission = self._prefills.admit(queue[0], *self._weights_of(generation))
+            if admission is Admission.FULL:
                 break
-            self._running.append(self._waiting.popleft())
-            sequence.delivered_at = now
-            admitted.append(sequence)
-            if sequence.generation.weights is None:
-                self._start(sequence.generation, now)
-        return admitted
+            sequence = queue.popleft()
+            if admission is Admission.LATER:
+                passed_over.append(sequence)
+            else:
+                self._begin(sequence, now)
+        self._put_back(passed_over)
 
-    def _next_admissible(self) -> Sequence | None:
-        """The head of the queue. While the gate is closed only one whose generation has begun: it
-        must end on the weights it began on, and its sequences stand together at the head."""
-        while self._waiting and self._waiting[0].generation.has_ended:
-            self._waiting.popleft()
-        if not self._waiting:
-            return None
-        head = self._waiting[0]
-        return None if self._gate.is_closed and head.generation.weights is None else head
+    def _next_queue(self) -> deque[Sequence] | None:
+        """Whose head is next. While the gate is closed no generation begins."""
+        for queue in (self._begun, self._waiting):
+            while queue and queue[0].generation.has_ended:
+                queue.popleft()
+        if self._begun:
+            return self._begun
+        return self._waiting if self._waiting and not self._gate.is_closed else None
+
+    def _put_back(self, passed_over: list[Sequence]) -> None:
+        for sequence in reversed(passed_over):
+            has_begun = sequence.generation.weights is not None
+            (self._begun if has_begun else self._waiting).appendleft(sequence)
+
+    def _begin(self, sequence: Sequence, now: float) -> None:
+        sequence.delivered_at = now
+        generation = sequence.generation
+        if generation.weights is not None:
+            return
+        self._start(generation, now)
+        while self._waiting and self._waiting[0].generation is generation:
+            self._begun.append(self._waiting.popleft())
+
+    def _weights_of(self, generation: Generation) -> tuple[ServedWeights, Adapter]:
+        """Fixed, once it has begun."""
+        if generation.weights is not None:
+            return generation.weights, generation.adapter
+        serving, wanted = self._serving.served, generation.wanted
+        weights = wanted or serving
+        return weights, None if weights == serving else wanted
 
     def _has_weights_for(self, generation: Generation) -> bool:
         wanted, serving = generation.wanted, self._serving.served
@@ -215,41 +259,40 @@ class Scheduler:
         )
 
     def _start(self, generation: Generation, now: float) -> None:
-        serving, wanted = self._serving.served, generation.wanted
-        generation.weights = wanted or serving
-        generation.adapter = None if generation.weights == serving else wanted
+        generation.weights, generation.adapter = self._weights_of(generation)
         self._num_queued -= 1
         swap_wait_s = self._gate.closed_between(generation.arrived_at, now)
         queue_s = max(0.0, now - generation.arrived_at - swap_wait_s)
-        num_running = len(self._running)
-        generation.started = Started(generation.weights, queue_s, swap_wait_s, num_running)
+        generation.started = Started(generation.weights, queue_s, swap_wait_s, self.num_running)
 
     # compute --------------------------------------------------------------------------------
 
-    def _prefill(self, admitted: list[Sequence]) -> None:
-        first_slot = len(self._running) - len(admitted)
-        rows = shared_rows(admitted, first_slot)
-        result = self._network.prefill(rows, _plan_for(admitted), _uniforms(admitted))
-        self._note_prefilled(rows, result.scores)
-        for row, sequence in enumerate(admitted):
+    def _prefill(self, prompts: PrefillPass) -> None:
+        ready = list(prompts.sequences)
+        result = self._network.prefill(prompts.rows, _plan_for(ready), _uniforms(ready))
+        self._note_prefilled(prompts, result.scores)
+        self._prefills.note_computed(prompts)
+        self._running += ready
+        for row, sequence in enumerate(ready):
             if sequence.request.max_new_tokens > 0:
                 sequence.accept(result.draws, row)
             else:
                 sequence.finish = FinishReason.LENGTH
-        self._plan = None
-        self._hand_over(admitted)
+        if ready:
+            self._plan = None
+            self._hand_over(ready)
 
-    def _note_prefilled(self, rows: Items[PrefillRow], scores: Items[PromptScore]) -> None:
+    def _note_prefilled(self, prompts: PrefillPass, scores: Items[PromptScore]) -> None:
         now = self._clock.monotonic()
-        for row, score in zip(rows, scores, strict=True):
-            for slot in row.slots:
-                sequence = self._running[slot]
-                num_cached = 0 if slot == row.slots[0] else len(row.tokens)
+        for prefill, row, score in zip(prompts.prefills, prompts.rows, scores, strict=True):
+            sequences = prefill.sequences if row.slots else []
+            for sequence in sequences:
+                is_first = sequence is prefill.sequences[0]
                 wanted = score if sequence.request.scoring is not None else PromptScore()
                 sequence.prefilled = Prefilled(
                     sequence.index,
                     now,
-                    num_cached,
+                    prefill.num_cached if is_first else len(row.tokens),
                     wanted.logprobs,
                     wanted.alternatives,
                     wanted.target_logprobs,
@@ -281,6 +324,9 @@ class Scheduler:
     def _retire(self, has_ended: Callable[[Sequence], bool]) -> None:
         """Packs what goes on into the first slots; the last ones fill the holes."""
         ended = [has_ended(sequence) for sequence in self._running]
+        for slot, sequence in enumerate(self._running):
+            if ended[slot]:
+                self._prefills.keep(sequence, slot)
         count = ended.count(False)
         holes = (slot for slot in range(count) if ended[slot])
         movers = (slot for slot in range(count, len(ended)) if not ended[slot])
@@ -294,14 +340,14 @@ class Scheduler:
 
     def _advance_swap(self, swap: PendingSwap) -> None:
         now = self._clock.monotonic()
-        if not self._running and self._next_admissible() is None:
+        if not self.num_running and self._next_queue() is None:
             self._apply(swap, now)
         elif now >= swap.deadline:
             self._finish_swap(swap, self._drain_timeout(swap, now))
 
     def _drain_timeout(self, swap: PendingSwap, now: float) -> HotLoadFailed:
         return HotLoadFailed(
-            f"{len(self._running)} sequences still ran after {now - swap.began_at:.0f} s,"
+            f"{self.num_running} sequences still ran after {now - swap.began_at:.0f} s,"
             f" so {swap.weights.served.name!r} was not loaded",
             hint="load it again, ask for fewer tokens, or raise drain_timeout_s",
         )
@@ -318,6 +364,8 @@ class Scheduler:
             self._finish_swap(swap, _mismatch(swap.weights, digest))
             return
         self._serving = swap.weights
+        if swap.reset_prompt_cache:
+            self._prefills.forget_idle()
         apply_ms = 1000 * (self._clock.monotonic() - now)
         self._finish_swap(swap, Swapped(1000 * (now - swap.began_at), apply_ms))
 
@@ -333,8 +381,11 @@ class Scheduler:
             )
 
     def _adapters_in_use(self) -> frozenset[ServedWeights]:
-        begun = (sequence.generation.adapter for sequence in (*self._running, *self._waiting))
+        begun = (sequence.generation.adapter for sequence in self._all_sequences())
         return frozenset(adapter for adapter in begun if adapter is not None)
+
+    def _all_sequences(self) -> Items[Sequence]:
+        return (*self._running, *self._prefills.sequences, *self._begun, *self._waiting)
 
     def _finish_swap(self, swap: PendingSwap, result: Swapped | HomefireError) -> None:
         self._swap = None
@@ -379,4 +430,4 @@ def _plan_for(sequences: list[Sequence]) -> SamplingPlan:
 
 
 def _uniforms(sequences: list[Sequence]) -> Uniforms:
-    return np.array([sequence.random.random() for sequence in sequences])
+    return np.array([sequence.random.random() for sequence in sequences], dtype=np.float64)

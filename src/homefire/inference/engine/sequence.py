@@ -48,23 +48,25 @@ class Sequence:
     request: SequenceRequest
     random: random.Random
     """Its own when seeded, else the scheduler's."""
-    num_new: int = 0
-    last_token: int = -1
     finish: FinishReason | None = None
     delivered_at: float = 0.0
     """When its listener was last told something; at first, when it was admitted."""
     prefilled: Prefilled | None = None
     """Not told yet."""
+    generated: list[int] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
     _sampling_logprobs: list[float] = field(default_factory=list)
     _alternatives: list[Alternatives] = field(default_factory=list)
 
+    @property
+    def last_token(self) -> int:
+        return self.generated[-1]
+
     def accept(self, draws: Draws, row: int) -> None:
         """Takes the token drawn for it in this step, and decides whether it was the last."""
         token = draws.tokens[row]
-        self.last_token = token
-        self.num_new += 1
+        self.generated.append(token)
         self._tokens.append(token)
         self._logprobs.append(draws.logprobs[row])
         self._sampling_logprobs.append(draws.sampling_logprobs[row])
@@ -96,4 +98,4 @@ class Sequence:
         request = self.request
         if token in request.stop_token_ids or (request.stop and request.stop.push(token)):
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_new >= request.max_new_tokens else None
+        return FinishReason.LENGTH if len(self.generated) >= request.max_new_tokens else None

@@ -5,8 +5,8 @@
 
 One load runs at a time. Of the requests that come meanwhile the newest is taken up next; whoever calls
 `load` waits for its own. Every swap drains: running sequences finish on the old weights, and new ones
-wait for the new weights, or are refused in a `SYNC` transition. No prompt is cached from one generation
-to the next, so there is none to reset.
+wait for the new weights, or are refused in a `SYNC` transition. A prompt cached under one set of weights
+is never used under another: resetting the prompt cache frees memory and changes no number.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class HotLoader:
             weights = await self._read(engine, wanted)
             load_ms = 1000 * (self._clock.monotonic() - began_at)
             self._enter(HotLoadStage.DRAINING, wanted.identity)
-            swapped = await self._swap(engine, weights, wanted.transition)
+            swapped = await self._swap(engine, weights, wanted)
         except Exception as error:  # noqa: BLE001 - a worker loop: the old weights serve on
             self._report_failure(wanted, error, load_ms=1000 * (self._clock.monotonic() - began_at))
             return error if isinstance(error, HomefireError) else HotLoadFailed(_text(error))
@@ -161,10 +161,16 @@ class HotLoader:
             )
         return weights
 
-    async def _swap(self, engine: InferenceEngine, weights: WeightSet, transition: str) -> Swapped:
-        self._is_refusing = transition == _REFUSING
+    async def _swap(
+        self, engine: InferenceEngine, weights: WeightSet, wanted: HotLoadRequest
+    ) -> Swapped:
+        self._is_refusing = wanted.transition == _REFUSING
         try:
-            done = engine.swap_weights(weights, drain_timeout_s=self._drain_timeout_s)
+            done = engine.swap_weights(
+                weights,
+                drain_timeout_s=self._drain_timeout_s,
+                reset_prompt_cache=wanted.reset_prompt_cache,
+            )
             return await asyncio.wrap_future(done)
         finally:
             self._is_refusing = False

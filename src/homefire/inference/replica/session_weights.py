@@ -24,7 +24,8 @@ from homefire.wire.manifest import CheckpointKind, Manifest
 from homefire.wire.pooled import SamplingSession
 from homefire.wire.specs import ReplicaSpec
 
-BASE_MODEL = HotLoadRequest(identity=None)
+BASE_MODEL = HotLoadRequest(identity=None, reset_prompt_cache=False)
+"""Weights that are taken in turns come back, and find the prompts that were cached under them."""
 _REMEMBERED_SESSIONS = 10_000
 
 
@@ -181,7 +182,10 @@ def _snapshot(location: SnapshotLocation, manifest: Manifest) -> _Snapshot:
 def _full(snapshot: _Snapshot) -> HotLoadRequest:
     served = snapshot.weights
     return HotLoadRequest(
-        identity=served.identity, location=snapshot.location, digest=served.digest
+        identity=served.identity,
+        location=snapshot.location,
+        digest=served.digest,
+        reset_prompt_cache=False,
     )
 
 

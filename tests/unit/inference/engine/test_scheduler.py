@@ -4,9 +4,13 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from homefire.foundation.clock import ManualClock
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.network import PrefillRow
+from homefire.inference.engine.prefix_cache import PrefixCache
 from homefire.inference.engine.protocol import (
     Failed,
     Prefilled,
@@ -18,6 +22,7 @@ from homefire.inference.engine.protocol import (
     Swapped,
     WeightSet,
 )
+from homefire.inference.engine.scheduler import Scheduler, SchedulerLimits
 from homefire.wire.completions import FinishReason
 from homefire.wire.errors import (
     DigestMismatch,
@@ -27,7 +32,7 @@ from homefire.wire.errors import (
     InvalidArgument,
 )
 from unit.inference.canaries import GREEDY, canary_set
-from unit.inference.scheduler_bench import deliver, tokens_of
+from unit.inference.scheduler_bench import Bench, deliver, tokens_of
 
 
 def request(*prompt: int, new: int = 4, **options: Any) -> SequenceRequest:
@@ -57,6 +62,7 @@ class Spy(BigramNetwork):
 
     def move(self, *, source: int, destination: int) -> None:
         self.moves.append((source, destination))
+        super().move(source=source, destination=destination)
 
 
 @pytest.fixture
@@ -123,15 +129,273 @@ def test_equal_prompts_of_one_admission_are_prefilled_once(make_bench: Any, spy:
     assert other.of(Prefilled)[0].num_cached_tokens == 0
 
 
-def test_prefill_keeps_to_its_token_budget_but_takes_one_long_prompt(
+def test_a_pass_over_prompts_keeps_to_its_token_budget(make_bench: Any, spy: Spy) -> None:
+    bench = make_bench(spy, prefill_tokens=64)
+    recorders = [bench.submit(request(*range(200), new=1))[1]]
+    recorders += [bench.submit(request(*range(i, i + 20), new=1))[1] for i in range(1, 8)]
+    bench.run()
+    computed = [sum(row.num_computed for row in rows) for rows in spy.prefills]
+    assert max(computed) <= 64
+    assert sum(computed) == 200 + 7 * 20
+    assert [len(tokens_of(recorder)) for recorder in recorders] == [1] * 8
+
+
+def test_a_long_prompt_neither_stalls_who_runs_nor_who_comes_after_it(make_bench: Any) -> None:
+    bench = make_bench(prefill_tokens=64)
+    _, running = bench.submit(request(1, new=100))
+    bench.step()
+    _, long = bench.submit(request(*[i % 300 for i in range(1000)], new=1))
+    _, short = bench.submit(request(5, 6, new=1))
+    for step in range(1, 16):
+        bench.step()
+        assert len(tokens_of(running)) == 2 + step
+        assert len(tokens_of(short)) == 1
+    assert long.updates == []
+    bench.run()
+    assert [type(update) for update in long.updates] == [Started, Prefilled, Sampled]
+
+
+def test_the_second_of_two_long_prompts_waits_while_short_ones_pass_it(
     make_bench: Any, spy: Spy
 ) -> None:
-    bench = make_bench(spy, prefill_tokens=10)
-    bench.submit(request(*range(20), new=1))
-    for start in range(3):
-        bench.submit(request(*range(start, start + 6), new=1))
+    bench = make_bench(spy, prefill_tokens=64)
+    first = bench.submit(request(*[7] * 300, new=1))[1]
+    second = bench.submit(request(*[8] * 300, new=1))[1]
+    short = bench.submit(request(9, new=1))[1]
+    bench.step()
+    assert short.of(Sampled) != []
+    while not first.updates:
+        bench.step()
+    assert second.updates == []
     bench.run()
-    assert [len(rows) for rows in spy.prefills] == [1, 1, 1, 1]
+    assert len(tokens_of(second)) == 1
+
+
+def test_samples_that_come_while_their_long_prompt_is_computed_share_it(
+    make_bench: Any, spy: Spy
+) -> None:
+    bench = make_bench(spy, prefill_tokens=64)
+    prompt = [i % 300 for i in range(500)]
+    recorders = [bench.submit(request(*prompt, new=2))[1] for _ in range(2)]
+    bench.step()
+    recorders += [bench.submit(request(*prompt, new=2))[1] for _ in range(2)]
+    bench.run()
+    assert sum(row.num_computed for rows in spy.prefills for row in rows) == 500
+    cached = [recorder.of(Prefilled)[0].num_cached_tokens for recorder in recorders]
+    assert cached == [0, 500, 500, 500]
+
+
+def test_a_client_that_leaves_during_its_prefill_frees_it_at_once(
+    make_bench: Any, spy: Spy
+) -> None:
+    bench = make_bench(spy, prefill_tokens=64, max_running=1)
+    generation, gone = bench.submit(request(*[7] * 1000, new=5))
+    _, other = bench.submit(request(1, new=1))
+    bench.step()
+    bench.step()
+    assert bench.scheduler.num_running == 1
+    bench.scheduler.cancel(generation)
+    assert bench.scheduler.num_running == 0
+    bench.step()
+    assert len(tokens_of(other)) == 1
+    bench.run()
+    assert gone.updates == []
+    assert sum(row.num_computed for rows in spy.prefills for row in rows) == 2 * 64 + 1
+
+
+def test_a_swap_waits_for_a_prompt_that_is_half_computed(make_bench: Any) -> None:
+    bench = make_bench(prefill_tokens=64)
+    _, old = bench.submit(request(*[7] * 200, new=1))
+    bench.step()
+    done = swap(bench, canary_set(9))
+    _, new = bench.submit(request(1, new=1))
+    bench.run()
+    assert done.result().apply_ms >= 0
+    assert old.of(Started)[0].weights.identity is None
+    assert tokens_of(new) == [9]
+
+
+def test_a_broken_pass_ends_a_prompt_that_is_half_computed(make_bench: Any, spy: Spy) -> None:
+    bench = make_bench(spy, prefill_tokens=64)
+    _, recorder = bench.submit(request(*[7] * 200, new=1))
+    bench.step()
+    deliver(bench.scheduler.recover(EngineFailed("the engine failed")))
+    assert [type(update) for update in recorder.updates] == [Failed]
+    assert bench.scheduler.is_idle
+    _, again = bench.submit(request(*[7] * 200, new=1))
+    bench.run()
+    assert again.of(Prefilled)[0].num_cached_tokens == 0
+
+
+# the prefix cache ----------------------------------------------------------------------------
+
+
+def cached(recorder: Any) -> int:
+    return recorder.of(Prefilled)[0].num_cached_tokens
+
+
+def ask(bench: Any, *prompt: int, **options: Any) -> Any:
+    _, recorder = bench.submit(request(*prompt, **options))
+    bench.run()
+    return recorder
+
+
+def test_a_prompt_seen_before_is_not_computed_again(make_bench: Any, spy: Spy) -> None:
+    bench = make_bench(spy)
+    prompt = range(100)
+    assert [cached(ask(bench, *prompt)) for _ in range(3)] == [0, 96, 96]
+    assert cached(ask(bench, *range(96))) == 95, "the last token is computed: something follows it"
+    assert cached(ask(bench, 1, *prompt)) == 0
+
+
+def test_a_later_turn_goes_on_from_the_answer_before_it(make_bench: Any) -> None:
+    bench = make_bench()
+    first = ask(bench, *range(40), new=60)
+    dialogue = [*range(40), *tokens_of(first)]
+    assert len(dialogue) == 100
+    assert cached(ask(bench, *dialogue, 5, 6, 7)) == 96
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once(make_bench: Any, spy: Spy) -> None:
+    bench = make_bench(spy)
+    instructions = range(160)
+    for i in range(5):
+        bench.submit(request(*instructions, 200 + i, 7, 8))
+    bench.run()
+    assert sum(row.num_computed for rows in spy.prefills for row in rows) == 163 + 4 * 3
+
+
+def test_a_scored_prompt_takes_from_the_cache_only_what_comes_before_its_scores(
+    make_bench: Any,
+) -> None:
+    bench = make_bench()
+    prompt = [*range(100)]
+    plain = ask(bench, *prompt, scoring=PromptScoring(60))
+    again = ask(bench, *prompt, scoring=PromptScoring(60))
+    assert (cached(plain), cached(again)) == (0, 59)
+    assert again.of(Prefilled)[0].logprobs == plain.of(Prefilled)[0].logprobs
+    assert cached(ask(bench, *prompt, scoring=PromptScoring(0))) == 0
+
+
+def test_prompts_of_other_weights_are_never_found(make_bench: Any) -> None:
+    bench = make_bench()
+    prompt = [*range(100)]
+    ask(bench, *prompt)
+    for weights in (canary_set(9), canary_set(8)):
+        swap(bench, weights)
+        bench.run()
+        assert cached(ask(bench, *prompt)) == 0
+        assert cached(ask(bench, *prompt)) == 96
+
+
+def test_a_cache_that_forgot_whose_weights_a_block_has_would_be_seen(
+    make_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault: prompts are looked up whatever the weights."""
+    look_up = PrefixCache.lookup
+    monkeypatch.setattr(PrefixCache, "lookup", lambda cache, _, tokens: look_up(cache, "", tokens))
+    bench = make_bench()
+    ask(bench, *range(100))
+    done: Future[Swapped] = Future()
+    bench.scheduler.begin_swap(
+        canary_set(9), drain_timeout_s=1.0, done=done, reset_prompt_cache=False
+    )
+    bench.run()
+    with pytest.raises(AssertionError, match="other weights"):
+        ask(bench, *range(100))
+
+
+@pytest.mark.parametrize(("reset", "found"), [(True, 0), (False, 96)])
+def test_a_swap_frees_the_cache_or_keeps_it_for_the_weights_it_belongs_to(
+    make_bench: Any, reset: bool, found: int
+) -> None:
+    bench = make_bench()
+    base = bench.scheduler.serving
+    ask(bench, *range(100))
+    for weights in (canary_set(9), base):
+        done: Future[Swapped] = Future()
+        bench.scheduler.begin_swap(
+            bench.scheduler._network.base_weights() if weights is base else weights,
+            drain_timeout_s=1.0,
+            done=done,
+            reset_prompt_cache=reset,
+        )
+        bench.run()
+        done.result()
+    assert cached(ask(bench, *range(100))) == found
+
+
+def test_the_cache_keeps_to_its_blocks_and_forgets_the_longest_unused(
+    make_bench: Any, tiny_directory: Any
+) -> None:
+    network = BigramNetwork(tiny_directory, max_context_length=1 << 20, num_blocks=10)
+    bench = make_bench(network)
+    for first in (1, 2, 1, 3):  # four blocks each
+        ask(bench, *[first] * 64, new=1)
+    assert cached(ask(bench, *[1] * 64, new=1)) == 63
+    assert cached(ask(bench, *[2] * 64, new=1)) < 63
+    assert len(network._blocks) <= 10
+
+
+def test_a_prompt_larger_than_the_cache_is_computed_whole(
+    make_bench: Any, tiny_directory: Any
+) -> None:
+    network = BigramNetwork(tiny_directory, max_context_length=1 << 20, num_blocks=3)
+    bench = make_bench(network, prefill_tokens=32)
+    recorder = ask(bench, *range(200), new=2)
+    assert len(tokens_of(recorder)) == 2
+
+
+def test_a_network_that_keeps_nothing_serves_all_the_same(
+    make_bench: Any, tiny_directory: Any
+) -> None:
+    network = BigramNetwork(tiny_directory, max_context_length=1 << 20, num_blocks=0)
+    bench = make_bench(network, prefill_tokens=32)
+    assert [cached(ask(bench, *range(200), new=2)) for _ in range(2)] == [0, 0]
+
+
+@given(data=st.data())
+def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
+    tiny_directory: Any, data: st.DataObject
+) -> None:
+    """The fake network checks each block it is handed; what is pinned must be given back."""
+    num_blocks = data.draw(st.sampled_from([0, 2, 7, 40]))
+    network = BigramNetwork(
+        tiny_directory, max_context_length=1 << 20, num_blocks=num_blocks, block_tokens=4
+    )
+    limits = SchedulerLimits(max_running=3, prefill_tokens=data.draw(st.sampled_from([3, 8, 50])))
+    clock = ManualClock()
+    scheduler = Scheduler(network, network.base_weights(), limits=limits, clock=clock)
+    bench = Bench(scheduler, clock)
+    live: list[Any] = []
+    for action in data.draw(st.lists(st.sampled_from("sssncw"), max_size=12)):
+        if action == "s":
+            prompt = [data.draw(st.integers(0, 1))] * data.draw(st.integers(1, 30))
+            count = data.draw(st.integers(1, 3))
+            live.append(bench.submit(*[request(*prompt, new=3)] * count))
+        elif action == "c" and live:
+            generation, _ = live.pop()
+            scheduler.cancel(generation)
+        elif action == "w" and scheduler._swap is None:
+            done: Future[Swapped] = Future()
+            scheduler.begin_swap(
+                canary_set(data.draw(st.integers(2, 4))),
+                drain_timeout_s=1e9,
+                done=done,
+                reset_prompt_cache=data.draw(st.booleans()),
+            )
+        else:
+            bench.step()
+    bench.run()
+    assert all(recorder.of(Failed) == [] for _, recorder in live)
+    assert all(
+        [update.finish for update in recorder.of(Sampled)].count(FinishReason.LENGTH)
+        == len({update.index for update in recorder.of(Sampled)})
+        for _, recorder in live
+    )
+    cache = scheduler._prefills._cache
+    cache.evict_idle()
+    assert cache.num_used == 0
 
 
 def test_nothing_is_generated_when_nothing_is_asked(make_bench: Any) -> None:

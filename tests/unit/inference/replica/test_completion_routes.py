@@ -180,6 +180,33 @@ async def test_tokens_may_be_named_by_their_ids(start_replica: Any, logprobs: An
         assert all(name in tops for name, tops in zip(names, choice["logprobs"]["top_logprobs"], strict=True))  # fmt: skip
 
 
+async def test_usage_says_what_an_earlier_request_had_computed(
+    start_replica: Any, snapshots: Snapshots
+) -> None:
+    async def cached(caller: Caller) -> tuple[int, int]:
+        body = {"prompt": [*range(100)], "max_tokens": 2, "perf_metrics_in_response": True}
+        answer = (await caller.complete(**body)).json()
+        details = answer["usage"]["prompt_tokens_details"]
+        return details["cached_tokens"], answer["perf_metrics"]["cached-prompt-tokens"]
+
+    async with start_replica() as caller:
+        assert [await cached(caller), await cached(caller)] == [(0, 0), (96, 96)]
+        await caller.hot_load(snapshots.base(65))
+        assert await cached(caller) == (0, 0)
+
+
+@pytest.mark.parametrize(("reset", "found"), [(True, 0), (False, 96)])
+async def test_a_hot_load_may_keep_prompts_for_weights_that_come_back(
+    start_replica: Any, snapshots: Snapshots, reset: bool, found: int
+) -> None:
+    async with start_replica() as caller:
+        await caller.complete(prompt=[*range(100)], max_tokens=2)
+        await caller.hot_load(snapshots.base(65), reset_prompt_cache=reset)
+        await caller.hot_load(None, reset_prompt_cache=reset)
+        answer = (await caller.complete(prompt=[*range(100)], max_tokens=2)).json()
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == found
+
+
 @pytest.mark.parametrize("chat", [True, False])
 async def test_usage_may_come_in_a_chunk_of_its_own(start_replica: Any, chat: bool) -> None:
     async with start_replica() as caller:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from homefire.checkpoints import ensure_tiny
+from homefire.trainer.engine.batch import micro_batches, read_batch
 from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.wire.engine import (
     AdamParams,
@@ -171,3 +172,25 @@ def test_compute_weights_are_the_rounding_of_the_masters(tiny_directory, tmp_pat
         assert torch.equal(computed, master.bfloat16().float()), name
         rounded += int(torch.count_nonzero(computed != master))
     assert rounded > 0.9 * weights.num_trainable
+
+
+@pytest.mark.parametrize("kind", [SlotKind.FULL, SlotKind.LORA])
+def test_a_fused_loss_gives_the_bits_of_a_loss_that_comes_later(tiny_directory, tmp_path, kind):
+    """What a custom loss pushes must not depend on how it is computed; some tokens are masked."""
+    engine = open_engine(tiny_directory, tmp_path, kind)
+    train(engine, 2)  # an adapter's B is no longer zero
+    batch = batch_of(0)
+    batch["weights"][::3] = 0
+    logprobs = backward(engine, batch)
+    weights = engine._slots.get("policy").trainable()
+    fused = {name: tensor.clone() for name, tensor in weights._gradient.items()}
+    weights.clear_gradient()
+    for cut in micro_batches(read_batch(batch, vocab_size=320, max_context_length=64), PLAN):
+        again = weights.backward(
+            cut.batch.packed(), lambda _, cut=cut: -cut.batch.inputs["weights"]
+        )
+        np.testing.assert_array_equal(again, logprobs[cut.places])
+    weights.keep_gradient()
+    assert fused.keys() == weights._gradient.keys()
+    for name, gradient in weights._gradient.items():
+        assert torch.equal(gradient, fused[name]), name

@@ -7,15 +7,21 @@ r adapter rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from homefire.model.attention import PackedRows, attending
-from homefire.model.head import PLAIN, Head, LowRank, ScaledLogits
+from homefire.model.head import Head, LowRank, ScaledLogits
+from homefire.model.head_loss import (
+    FusedLoss,
+    HeadInputs,
+    SpanGradientOf,
+    TargetLogprobs,
+    spans,
+)
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -55,13 +61,48 @@ def target_logprobs(
     """
     columns = targets if targets.dim() == 2 else targets[:, None]
     if isinstance(head.form, ScaledLogits):
-        x, b = low_rank if low_rank is not None else (None, None)
-        logprobs = _TargetLogprobs.apply(
-            hidden, head.weight, head.bias, columns, head.form, chunk, x, b
+        logprobs = TargetLogprobs.apply(
+            columns, head.form, chunk, *_head_inputs(hidden, head, low_rank)
         )
     else:
         logprobs = _recomputed_logprobs(hidden, head, columns, chunk, low_rank)
     return logprobs if targets.dim() == 2 else logprobs[:, 0]
+
+
+def fused_backward(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    gradient_of: SpanGradientOf,
+    chunk: int = HEAD_CHUNK,
+    *,
+    low_rank: LowRank | None = None,
+) -> Tensor:
+    """`target_logprobs` and its backward, in one sweep over the chunks: no logits are computed twice.
+
+    targets int64 [M, K]. `gradient_of` is asked for each chunk's derivative while its logits exist, so
+    it must not depend on other tokens. Gradients are added to the leaves, with the bits that
+    `target_logprobs(...).backward(...)` gives.
+    """
+    if not isinstance(head.form, ScaledLogits):
+        logprobs = target_logprobs(hidden, head, targets, chunk, low_rank=low_rank)
+        grad = gradient_of(logprobs.detach(), slice(0, len(targets)))
+        if grad.any():
+            logprobs.backward(grad)
+        return logprobs.detach()
+    is_pushed = False
+
+    def noting(logprobs: Tensor, span: slice) -> Tensor:
+        nonlocal is_pushed
+        grad = gradient_of(logprobs, span)
+        is_pushed = is_pushed or bool(grad.any())
+        return grad
+
+    inputs = _head_inputs(hidden, head, low_rank)
+    logprobs, loss = FusedLoss.apply(targets, head.form, chunk, noting, *inputs)
+    if is_pushed:
+        loss.backward()
+    return logprobs
 
 
 def likeliest_tokens(
@@ -75,7 +116,7 @@ def likeliest_tokens(
     """Logprobs float32 and ids int64 of the likeliest tokens, both [M, count], likeliest first."""
     logprobs = torch.empty((len(hidden), count), dtype=torch.float32, device=hidden.device)
     tokens = torch.empty((len(hidden), count), dtype=torch.int64, device=hidden.device)
-    for span in _spans(len(hidden), chunk):
+    for span in spans(len(hidden), chunk):
         logits = head.logits(hidden[span], _cut(low_rank, span))
         best, tokens[span] = logits.topk(count, dim=-1)
         logprobs[span] = best - logits.logsumexp(-1, keepdim=True)
@@ -91,83 +132,14 @@ def _recomputed_logprobs(
         logits = head.logits(hidden[span], _cut(low_rank, span))
         return logits.log_softmax(-1).gather(-1, targets[span])
 
-    spans = _spans(len(hidden), chunk)
-    return torch.cat([checkpoint(logprobs, span, use_reentrant=False) for span in spans])
-
-
-class _TargetLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        form: ScaledLogits,
-        chunk: int,
-        x: Tensor | None,
-        b: Tensor | None,
-    ) -> Tensor:
-        logprobs = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        normalizer = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for span in _spans(len(hidden), chunk):
-            logits = _logits(hidden, weight, bias, form, x, b, span)
-            normalizer[span] = logits.logsumexp(-1)
-            logprobs[span] = logits.gather(-1, targets[span]) - normalizer[span, None]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, x, b)
-        ctx.form, ctx.chunk = form, chunk
-        return logprobs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        hidden, weight, bias, targets, normalizer, x, b = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if wants[0] else None
-        grad_weight = torch.zeros_like(weight) if wants[1] else None
-        grad_bias = torch.zeros_like(bias) if wants[2] else None
-        grad_x = torch.empty_like(x) if wants[6] else None
-        grad_b = torch.zeros_like(b) if wants[7] else None
-        for span in _spans(len(hidden), ctx.chunk):
-            logits = _logits(hidden, weight, bias, ctx.form, x, b, span)
-            slope = ctx.form.slope(logits)
-            # d logprob_k / d logits = onehot(target_k) - softmax
-            d = logits.sub_(normalizer[span, None]).exp_()
-            d.mul_(-grad[span].sum(-1, keepdim=True))
-            d.scatter_add_(-1, targets[span], grad[span])
-            if ctx.form != PLAIN:
-                d.mul_(slope)
-            if grad_hidden is not None:
-                grad_hidden[span] = d @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(d.t(), hidden[span])
-            if grad_bias is not None:
-                grad_bias.add_(d.sum(0))
-            if grad_x is not None:
-                grad_x[span] = d @ b
-            if grad_b is not None:
-                grad_b.addmm_(d.t(), x[span])
-        return grad_hidden, grad_weight, grad_bias, None, None, None, grad_x, grad_b
-
-
-def _spans(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    chunks = [checkpoint(logprobs, span, use_reentrant=False) for span in spans(len(hidden), chunk)]
+    return torch.cat(chunks)
 
 
 def _cut(low_rank: LowRank | None, span: slice) -> LowRank | None:
     return None if low_rank is None else (low_rank[0][span], low_rank[1])
 
 
-def _logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    form: ScaledLogits,
-    x: Tensor | None,
-    b: Tensor | None,
-    span: slice,
-) -> Tensor:
-    product = F.linear(hidden[span], weight, bias)
-    if x is not None and b is not None:
-        product.addmm_(x[span], b.t())
-    return form.of(product.float())
+def _head_inputs(hidden: Tensor, head: Head, low_rank: LowRank | None) -> HeadInputs:
+    x, b = low_rank if low_rank is not None else (None, None)
+    return HeadInputs(hidden, head.weight, head.bias, x, b)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from homefire.model.head import PLAIN, Head, ScaledLogits
-from homefire.model.packed import likeliest_tokens, target_logprobs
+from homefire.model.packed import fused_backward, likeliest_tokens, target_logprobs
 
 
 @pytest.fixture
@@ -85,3 +85,56 @@ def test_a_frozen_head_gets_no_gradient(inputs):
     target_logprobs(hidden, Head(weight), torch.arange(7)).sum().backward()
     assert weight.grad is None
     assert hidden.grad is not None
+
+
+def gradients_of(leaves):
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("masked", [(), (1, 4), (0, 1, 2), range(7)], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_fused_backward_is_that_of_two_sweeps_bit_for_bit(inputs, chunk, masked, form):
+    hidden, weight, x, b, bias = inputs
+    head, targets = Head(weight, bias, form), torch.arange(14).reshape(7, 2) % 11
+    grad = torch.randn(7, 2, generator=torch.Generator().manual_seed(2))
+    grad[list(masked)] = 0
+    later = target_logprobs(hidden, head, targets, chunk, low_rank=(x, b))
+    if grad.any():
+        later.backward(grad)
+    apart = gradients_of(inputs)
+    at_once = fused_backward(
+        hidden, head, targets, lambda logprobs, span: grad[span], chunk, low_rank=(x, b)
+    )
+    assert torch.equal(at_once, later)
+    for ours, theirs in zip(gradients_of(inputs), apart, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_the_loss_is_asked_for_each_chunk_with_its_own_logprobs(inputs):
+    hidden, weight = inputs[:2]
+    targets, seen = torch.arange(7)[:, None], []
+
+    def gradient_of(logprobs, span):
+        seen.append((span, logprobs.clone()))
+        return torch.zeros_like(logprobs)
+
+    whole = fused_backward(hidden, Head(weight), targets, gradient_of, 3)
+    assert [span for span, _ in seen] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert torch.equal(torch.cat([logprobs for _, logprobs in seen]), whole)
+    assert weight.grad is None  # nothing to push
+
+
+def test_a_token_without_gradient_costs_no_product_and_adds_nothing(inputs):
+    """Even where its numbers are not finite."""
+    hidden, weight = inputs[:2]
+    with torch.no_grad():
+        hidden[2] = float("inf")
+    grad = torch.ones(7, 1)
+    grad[2] = 0
+    target_logprobs(hidden, Head(weight), torch.arange(7)[:, None], 4).backward(grad)
+    assert weight.grad.isfinite().all()
+    assert not hidden.grad[2].any()

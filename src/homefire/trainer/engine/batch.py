@@ -32,6 +32,8 @@ class Batch:
     """[N]: the rows' numbers in the request, for errors."""
     inputs: dict[str, Array]
     """What the loss reads: weights [T, K]; logprobs, advantages, clip thresholds [T, 1]."""
+    num_skipped: int = 0
+    """Tokens of the first row that come before the batch: see `span`."""
 
     @property
     def num_rows(self) -> int:
@@ -41,13 +43,36 @@ class Batch:
         """The index of the row that holds a token of this batch."""
         return int(np.searchsorted(np.cumsum(self.lengths), token, side="right"))
 
+    def place_in_row(self, token: int) -> int:
+        row = self.row_of(token)
+        return token - self.rows()[row].start + (self.num_skipped if row == 0 else 0)
+
     def rows(self) -> list[slice]:
         """Where each row's tokens lie."""
         edges = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
+    def span(self, tokens: slice) -> Batch:
+        """Some of the tokens, with the pieces of rows that they belong to."""
+        rows = self.rows()
+        pieces = np.array([_overlap(row, tokens) for row in rows])
+        kept = pieces > 0
+        return Batch(
+            tokens=self.tokens[tokens],
+            lengths=pieces[kept],
+            targets=self.targets[tokens],
+            row_ids=self.row_ids[kept],
+            inputs={name: array[tokens] for name, array in self.inputs.items()},
+            num_skipped=tokens.start - rows[self.row_of(tokens.start)].start,
+        )
+
     def packed(self) -> PackedTargets:
         return PackedTargets(self.tokens, self.lengths.tolist(), self.targets)
+
+
+def _overlap(row: slice, tokens: slice) -> int:
+    """How many tokens both have; 0 or less where none."""
+    return min(row.stop, tokens.stop) - max(row.start, tokens.start)
 
 
 def read_batch(arrays: Arrays, *, vocab_size: int, max_context_length: int) -> Batch:

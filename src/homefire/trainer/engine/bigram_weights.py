@@ -23,6 +23,7 @@ from homefire.trainer.engine.network import (
     MergedWeights,
     PackedTargets,
     PackedTokens,
+    SpanGradientOf,
     WeightFiles,
     nothing_to_merge,
 )
@@ -91,6 +92,9 @@ class BigramTrained(ABC):
 
     def _add_aside(self, batch: PackedTargets, d_logits: Float32) -> None:
         _add(self._aside, self._gradients(batch, d_logits))
+
+    def fused_backward(self, batch: PackedTargets, gradient_of: SpanGradientOf) -> Float32:
+        return self.backward(batch, lambda logprobs: gradient_of(logprobs, slice(0, len(logprobs))))
 
     def keep_gradient(self) -> None:
         _add(self._gradient, self._aside)

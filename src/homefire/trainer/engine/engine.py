@@ -31,7 +31,13 @@ from homefire.trainer.engine import (
 from homefire.trainer.engine.batch import Batch, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
 from homefire.trainer.engine.held_graphs import HeldPasses, budget_of
-from homefire.trainer.engine.losses import Loss, evaluate, loss_function, metrics
+from homefire.trainer.engine.losses import (
+    Loss,
+    evaluate,
+    is_per_token,
+    loss_function,
+    metrics,
+)
 from homefire.trainer.engine.network import Network, TrainableWeights
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
@@ -186,7 +192,7 @@ class SlotEngine:
             if extras.embedding is not None:
                 return self._embedding_backward(slot, trained, request, arrays, extras.embedding)
             loss = loss_function(request.loss_fn, extras.loss_config)
-            return self._backward(slot, trained, request.plan, loss, arrays)
+            return self._backward(slot, trained, request, loss, arrays)
         finally:
             trained.drop_gradient()
 
@@ -194,12 +200,19 @@ class SlotEngine:
         self,
         slot: Slot,
         trained: TrainableWeights,
-        plan: ExecutionPlan,
+        request: ForwardBackward,
         loss: Loss,
         arrays: Arrays,
     ) -> tuple[Rows, Arrays]:
-        batch = read_batch(arrays, **self._bounds)
-        logprobs, fate = target_passes.backward(slot.name, trained, batch, plan, loss, self._held)
+        batch, plan = read_batch(arrays, **self._bounds), request.plan
+        if is_per_token(request.loss_fn) and plan.graph is not GraphUse.REUSE:
+            self._held.make_way()
+            logprobs = target_passes.fused_backward(trained, batch, plan, loss)
+            fate = GraphFate.FREED
+        else:
+            logprobs, fate = target_passes.backward(
+                slot.name, trained, batch, plan, loss, self._held
+            )
         rows, reply = packed_passes.keep(slot, loss, batch, logprobs)
         return self._told(rows, fate), reply
 

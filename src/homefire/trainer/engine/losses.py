@@ -86,6 +86,11 @@ def loss_function(name: str, config: Config) -> Loss:
     return _LOSSES[name](config)
 
 
+def is_per_token(name: str) -> bool:
+    """Whether the derivative at a token depends on nothing but that token."""
+    return name not in _LOSSES_OF_ROWS
+
+
 def evaluate(loss: Loss, logprobs: Float32, batch: Batch) -> LossTerms:
     """`loss` on these rows; NonFiniteGradient names the first row whose terms are NaN or infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -97,7 +102,7 @@ def evaluate(loss: Loss, logprobs: Float32, batch: Batch) -> LossTerms:
         row = batch.row_of(token)
         raise NonFiniteGradient(
             f"the loss of row {batch.row_ids[row]} is {terms.value[token, k]} at token"
-            f" {token - batch.rows()[row].start} (logprob {logprobs[token, k]})",
+            f" {batch.place_in_row(token)} (logprob {logprobs[token, k]})",
             hint="nothing was accumulated; check the logprobs, advantages and weights of that row",
         )
     return terms
@@ -320,3 +325,5 @@ _LOSSES: dict[str, Callable[[Config], Loss]] = {
     "gspo": _gspo,
     "dapo": _dapo,
 }
+
+_LOSSES_OF_ROWS = {"gspo"}

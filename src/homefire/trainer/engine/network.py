@@ -25,6 +25,9 @@ Float32 = npt.NDArray[np.float32]
 GradientOf = Callable[[Float32], Float32]
 """Logprobs [T, K] -> the derivative of the loss with respect to them, [T, K]."""
 
+SpanGradientOf = Callable[[Float32, slice], Float32]
+"""The same for the tokens in a slice of the micro-batch: both arrays are the slice's."""
+
 
 @dataclass(frozen=True)
 class PackedTokens:
@@ -132,6 +135,12 @@ class TrainableWeights(FrozenWeights, Protocol):
     def graph(self, batch: PackedTargets) -> PassGraph:
         """The forward half of a backward whose gradient comes later: the same bits in the end as
         when both follow at once, here or in another process."""
+        ...
+
+    def fused_backward(self, batch: PackedTargets, gradient_of: SpanGradientOf) -> Float32:
+        """`backward`, bit for bit, of a loss whose derivative at a token depends on that token alone:
+        it is asked for in pieces, so that no logits are computed twice.
+        """
         ...
 
     def embedding_backward(

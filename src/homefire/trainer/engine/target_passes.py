@@ -56,6 +56,20 @@ def backward(
     return _run_plan(batch, plan, run), GraphFate.FREED
 
 
+def fused_backward(
+    trained: TrainableWeights, batch: Batch, plan: ExecutionPlan, loss: Loss
+) -> Float32:
+    """`backward`, bit for bit, of a loss whose derivative at a token depends on that token alone."""
+
+    def run(cut: MicroBatch) -> Float32:
+        def gradient_of(logprobs: Float32, span: slice) -> Float32:
+            return evaluate(loss, logprobs, cut.batch.span(span)).gradient.astype(np.float32)
+
+        return trained.fused_backward(cut.batch.packed(), gradient_of)
+
+    return _run_plan(batch, plan, run)
+
+
 def likeliest(
     weights: FrozenWeights, batch: Batch, plan: ExecutionPlan, count: int
 ) -> tuple[Float32, Ints]:

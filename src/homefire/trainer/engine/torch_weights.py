@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from homefire.model.head import LowRank
 from homefire.model.loading import LoadedModel
 from homefire.model.lora import (
     LoraAdapter,
@@ -25,7 +26,12 @@ from homefire.model.lora import (
     peft_config,
     unties_head,
 )
-from homefire.model.packed import likeliest_tokens, packed_hidden, target_logprobs
+from homefire.model.packed import (
+    fused_backward,
+    likeliest_tokens,
+    packed_hidden,
+    target_logprobs,
+)
 from homefire.model.packed_lora import reaches_segments
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
 from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
@@ -37,6 +43,7 @@ from homefire.trainer.engine.network import (
     MergedWeights,
     PackedTargets,
     PackedTokens,
+    SpanGradientOf,
     WeightFiles,
     nothing_to_merge,
 )
@@ -128,6 +135,16 @@ class TrainedWeights(ABC):
         )
         self._residence.watch(graph)
         return graph
+
+    def fused_backward(self, batch: PackedTargets, gradient_of: SpanGradientOf) -> Float32:
+        self._settle()
+        hidden, targets, low_rank = _head_inputs(self._model, self._adapter, batch)
+
+        def on_device(logprobs: Tensor, span: slice) -> Tensor:
+            return torch.from_numpy(gradient_of(_numpy(logprobs), span)).to(logprobs.device)
+
+        head = self._model.logits_head
+        return _numpy(fused_backward(hidden, head, targets, on_device, low_rank=low_rank))
 
     def embedding_backward(
         self, batch: PackedTokens, pooling: Pooling, gradient: Float32
@@ -340,10 +357,17 @@ def _target_logprobs(
     model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTargets
 ) -> Tensor:
     """[T, K], differentiable."""
+    hidden, targets, low_rank = _head_inputs(model, adapter, batch)
+    return target_logprobs(hidden, model.logits_head, targets, low_rank=low_rank)
+
+
+def _head_inputs(
+    model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTargets
+) -> tuple[Tensor, Tensor, LowRank | None]:
+    """Hidden states [T, E], targets [T, K], and the adapter's update of the head."""
     hidden = _hidden(model, adapter, batch)
     targets = torch.from_numpy(batch.targets).to(model.device)
-    low_rank = head_update(model, adapter, hidden) if adapter else None
-    return target_logprobs(hidden, model.logits_head, targets, low_rank=low_rank)
+    return hidden, targets, head_update(model, adapter, hidden) if adapter else None
 
 
 def _likeliest(

@@ -64,3 +64,14 @@ def test_a_plan_names_every_row_once(arrays, rows):
     plan = ExecutionPlan(micro_batches=rows, threads=1)
     with pytest.raises(InvalidArgument, match="plan"):
         list(micro_batches(read(arrays), plan))
+
+
+def test_a_span_keeps_the_pieces_of_the_rows_that_it_cuts(arrays):
+    batch = read(arrays)
+    part = batch.span(slice(1, 7))
+    assert part.lengths.tolist() == [1, 4, 1]
+    assert part.tokens.tolist() == [1, 2, 3, 4, 5, 6]
+    assert part.inputs["weights"].shape == (6, 1)
+    assert part.place_in_row(0) == 1
+    assert part.place_in_row(5) == 0
+    assert batch.span(slice(3, 5)).row_ids.tolist() == [1]

@@ -311,17 +311,6 @@ REFUSED: dict[str, Family] = {
         "no attention at all",
         is_core=True,
     ),
-    "minimax": Family(
-        "minimax",
-        {
-            "head_dim": 16,
-            "block_size": 8,
-            "num_local_experts": 4,
-            "layer_types": _alternating("linear_attention", "full_attention"),
-        },
-        "a cache class of its own",
-        is_core=True,
-    ),
 }
 
 HYBRID: dict[str, Family] = {
@@ -379,6 +368,16 @@ HYBRID: dict[str, Family] = {
         "lfm2",
         {"layer_types": _alternating("conv", "full_attention"), "block_multiple_of": 16},
         "short convolutions",
+    ),
+    "minimax": Family(
+        "minimax",
+        {
+            "head_dim": 16,
+            "block_size": 8,
+            "num_local_experts": 4,
+            "layer_types": _alternating("linear_attention", "full_attention"),
+        },
+        "a cache class of its own",
     ),
 }
 """State between tokens beside attention."""

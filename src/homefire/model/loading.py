@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from homefire.model import verdict
 from homefire.model.attention import ATTENTION
 from homefire.model.head import Head, LogitsForm, decoder_of, recognised_form
+from homefire.model.layout import RowLayout
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
 SERVING_DTYPES = {
@@ -47,6 +48,8 @@ class LoadedModel:
     """State-dict names that alias another one, e.g. `lm_head.weight`; left out of snapshots."""
     logits_form: LogitsForm
     """What the model makes of its head's product."""
+    layout: RowLayout = RowLayout.PACKED
+    """How its rows are computed without reaching one another."""
 
     @property
     def backbone(self) -> nn.Module:
@@ -107,8 +110,7 @@ def load_model(
         tied=frozenset(_aliases(module)),
         logits_form=recognised_form(module),
     )
-    verdict.refuse_if_inexact(model)
-    return model
+    return verdict.in_exact_layout(model)
 
 
 def _serving_dtype(name: str) -> torch.dtype:

@@ -22,6 +22,8 @@ from homefire.model.head_loss import (
     TargetLogprobs,
     spans,
 )
+from homefire.model.layout import RowLayout
+from homefire.model.padded import padded_hidden
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -31,7 +33,12 @@ HEAD_CHUNK = 512
 
 
 def packed_hidden(model: LoadedModel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """tokens int [T], lengths summing to T -> [T, H], float32. Differentiable in the weights."""
+    """tokens int [T], lengths summing to T -> [T, H], float32. Differentiable in the weights.
+
+    The order is that of the tokens whatever the model's layout.
+    """
+    if model.layout is RowLayout.PADDED:
+        return padded_hidden(model, tokens, lengths)
     positions = torch.cat([torch.arange(length, device=tokens.device) for length in lengths])
     with attending(PackedRows(lengths)):
         output = model.backbone(

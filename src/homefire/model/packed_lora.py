@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from homefire.model.layout import RowLayout
 from homefire.model.lora import LoraAdapter, LowRank
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ class Segment:
 
 
 def reaches_segments(model: LoadedModel, adapter: LoraAdapter) -> bool:
-    """Whether every layer of the adapter is one that is called once with all tokens of a pass."""
+    """Whether every layer of the adapter is one that is called once with all tokens of a pass, in their
+    packed order."""
+    if model.layout is not RowLayout.PACKED:
+        return False
     modules = dict(model.module.named_modules())
     return all(type(modules.get(path)) is nn.Linear for path in adapter.layers)
 

@@ -1,12 +1,13 @@
 """Whether our attention hook is exact for a model: refused by name where it is not.
 
-A rule and not a list. Three looks, cheapest first: the configuration, the module's structure, and what
+A rule and not a list; it also finds whether rows can be packed. Three looks, cheapest first: the configuration, the module's structure, and what
 `probe.py` measures by running the model.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from homefire.model import probe
 from homefire.model.attention import ATTENTION
 from homefire.model.head import decoder_of
+from homefire.model.layout import RowLayout
 from homefire.wire.context_limit import ContextLimit
 from homefire.wire.context_limit import context_limit as limit_of
 from homefire.wire.errors import Unsupported
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _STATEFUL_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "hybrid", "hybrid_sliding"}
+"""Carry state between tokens: the probe will show that their rows cannot be packed."""
+_LAYERS_BY_TOKEN = {"moe", "mlp"}
 _LEAK_TOLERANCE = 1e-5
 """Nats. Measured 0 for dense models and up to 4e-6 for mixtures of experts, above 2 for hybrids."""
 _ERROR_TOLERANCE = 1e-3
@@ -32,9 +36,7 @@ _ERROR_TOLERANCE = 1e-3
 
 def refuse_by_config(config: PreTrainedConfig) -> None:
     layers = set(getattr(config, "layer_types", None) or ())
-    if stateful := sorted(layers & _STATEFUL_LAYERS):
-        raise refusal(config, f"its {', '.join(stateful)} layers carry state between tokens")
-    if odd := sorted(layers - _ATTENTION_LAYERS):
+    if odd := sorted(layers - _ATTENTION_LAYERS - _STATEFUL_LAYERS - _LAYERS_BY_TOKEN):
         raise refusal(config, f"it has layers of type {', '.join(odd)}")
 
 
@@ -53,30 +55,51 @@ def context_limit(config: PreTrainedConfig) -> ContextLimit:
     return limit_of(config.to_dict())
 
 
-def refuse_if_inexact(model: LoadedModel) -> None:
-    """Runs the model. Leaves it as it was."""
+def in_exact_layout(model: LoadedModel) -> LoadedModel:
+    """The model in the layout that keeps its rows apart, packed if that does. Runs it; leaves it as it was.
+
+    Unsupported where neither layout gives what the model's own attention gives for each row alone.
+    """
     if model.module.config.get_text_config()._attn_implementation != ATTENTION:
         raise refusal(model.config, "it did not take our attention implementation")
-    try:
-        measured = probe.measure(model)
-    except Unsupported as exc:
-        raise refusal(model.config, exc.message) from exc
-    if not measured.leak <= _LEAK_TOLERANCE:
+    if _keeps_rows_apart(packed := _measured(model)):
+        _refuse_error(model, packed)
+        return model
+    padded = replace(model, layout=RowLayout.PADDED)
+    measured = _measured(padded)
+    if not _keeps_rows_apart(measured):
         raise refusal(
             model.config,
-            f"packed rows see one another (by {measured.leak:.1e} nats), so it keeps state between"
-            " tokens outside attention",
+            f"its rows see one another, packed (by {packed.leak:.1e} nats) and beside each other (by"
+            f" {measured.leak:.1e})",
         )
+    _refuse_error(padded, measured)
+    return padded
+
+
+def _measured(model: LoadedModel) -> probe.Measured:
+    try:
+        return probe.measure(model)
+    except Unsupported as exc:
+        raise refusal(model.config, exc.message) from exc
+
+
+def _keeps_rows_apart(measured: probe.Measured) -> bool:
+    """False for what is not a number."""
+    return measured.leak <= _LEAK_TOLERANCE
+
+
+def _refuse_error(model: LoadedModel, measured: probe.Measured) -> None:
     if not measured.error <= _ERROR_TOLERANCE:
         raise refusal(
             model.config,
-            f"packed rows differ from its own attention by {measured.error:.1e} nats",
+            f"{model.layout} rows differ from its own attention by {measured.error:.1e} nats",
         )
 
 
 def refusal(config: PreTrainedConfig, reason: str) -> Unsupported:
     return Unsupported(
         f"models of type {config.model_type!r} cannot run here yet: {reason}",
-        hint="choose a decoder whose layers are softmax attention, full, sliding or chunked, e.g. of"
-        " the Llama, Qwen3, Gemma or Mistral families",
+        hint="choose a decoder whose layers are softmax attention, full, sliding or chunked, or keep"
+        " their state in transformers' own cache, e.g. of the Llama, Qwen3, Gemma or Mistral families",
     )

@@ -21,6 +21,7 @@ from homefire.inference.engine.sampling_plan import NO_DRAWS, Draws, SamplingPla
 from homefire.model import lora
 from homefire.model.attention import AttentionContext, attending
 from homefire.model.kv_blocks import BLOCK_TOKENS, Prefix
+from homefire.model.layout import RowLayout
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.slots import SlotCache
 from homefire.model.tensors import (
@@ -30,7 +31,7 @@ from homefire.model.tensors import (
     raw,
     serving_tensors,
 )
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.manifest import CheckpointKind, whole_digest
 from homefire.wire.tensors import RawTensor, digest_tensors
 
@@ -51,6 +52,7 @@ class EmbeddedNetwork:
         torch.set_num_threads(threads)
         self._directory = directory
         self._model = load_model(directory)
+        _refuse_state_between_tokens(self._model)
         self._max_context_length = min(max_context_length, self._model.max_context_length)
         self._cache = SlotCache(
             max_slots=max_running,
@@ -212,6 +214,16 @@ class EmbeddedNetwork:
             return self._logits(hidden, segments([adapter], [len(hidden)]))
 
         return logits
+
+
+def _refuse_state_between_tokens(model: LoadedModel) -> None:
+    """Slots hold keys and values only."""
+    if model.layout is not RowLayout.PACKED:
+        raise Unsupported(
+            f"models of type {model.architecture!r} can be trained but not served here yet: their layers"
+            " carry state between tokens",
+            hint="export the snapshot and serve it with another engine",
+        )
 
 
 class _Head:

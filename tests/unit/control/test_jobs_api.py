@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from homefire.checkpoints import ensure_tiny
 from homefire.control.jobs import LARGEST_LORA_RANK
 
 JOBS = "/v1/accounts/local/rlorTrainerJobs"
@@ -237,3 +239,21 @@ async def test_what_only_the_hosted_service_has_is_refused_by_name(
 async def test_a_collection_that_nobody_has_does_not_exist(control: Any) -> None:
     await control.call("GET", "/v1/accounts/local/dpoJobsOfMine", expect=404)
     await control.call("DELETE", JOBS, expect=405)
+
+
+async def test_a_context_past_what_the_rope_allows_is_refused_with_the_reason(
+    bench: Any, control: Any
+) -> None:
+    directory = ensure_tiny(bench.home.models / "stretched")
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    (directory / "config.json").write_text(json.dumps(config))
+    asked = {"baseModel": "stretched", "maxContextLength": 65}
+    for refused in (
+        await control.create_job(expect=400, trainingConfig=asked),
+        await control.create_deployment(expect=400, **asked),
+    ):
+        assert "between 1 and 64, the limit of stretched" in str(refused)
+        assert "longrope rope depends on the longest text of the batch" in str(refused)
+    job = await control.create_job(trainingConfig={"baseModel": "stretched"})
+    assert job["trainingConfig"]["maxContextLength"] == 64

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from homefire.inference.engine.protocol import SequenceRequest
+from homefire.inference.engine.protocol import Prefilled, SequenceRequest
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.packed import packed_hidden, packed_logprobs
 from parity.random_decoders import VOCABULARY
 from parity.sampler_models import open_bench, prompt, reference, worst
+from unit.inference.scheduler_bench import tokens_of
 
 LENGTHS = (5, 17, 42, 30, 42, 1)
 """Longer than the windows, two of one length, and a text of one token."""
 SAMPLES = ((5, 20), (17, 7), (9, 33), (30, 12), (28, 9))
 """Prompts and new tokens, over fewer slots than texts, so that some are admitted late."""
-SLOTS = 3
+SLOTS, CHUNK = 3, 16
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,23 @@ def packed(directory: Path) -> Packed:
 
 
 def decoded(directory: Path) -> float:
-    """Logprobs of the sampler's tokens against a forward over each whole text. Nats."""
-    bench, logprobs = open_bench(directory, max_running=SLOTS), reference(directory)
+    """Logprobs of the sampler's tokens against a forward over each whole text. Nats.
+
+    The longer prompts are computed in chunks, and a last one begins with what the cache holds.
+    """
+    bench = open_bench(directory, max_running=SLOTS, prefill_tokens=CHUNK)
     requests = [SequenceRequest(prompt(n, i), new, seed=i) for i, (n, new) in enumerate(SAMPLES)]
     recorders = [bench.submit(request)[1] for request in requests[:-1]]
     for _ in range(4):
         bench.step()
     recorders.append(bench.submit(requests[-1])[1])
     bench.run()
+    turn = (*requests[-1].prompt, *tokens_of(recorders[-1]), *prompt(3, 9))
+    requests.append(SequenceRequest(turn, 5, seed=9))
+    recorders.append(bench.submit(requests[-1])[1])
+    bench.run()
+    assert recorders[-1].of(Prefilled)[0].num_cached_tokens >= CHUNK
+    logprobs = reference(directory)
     pairs = zip(requests, recorders, strict=True)
     return max(worst(logprobs, request, recorder) for request, recorder in pairs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from homefire.control.footprint import MICRO_BATCH_TOKENS
 from homefire.trainer.front.plan import micro_batches
 from homefire.wire.engine import Arrays, ExecutionPlan
 
@@ -12,8 +13,8 @@ SHAPES = {
     "32x256": [256] * 32,
     "mixed": [192, 64, 512, 320, 128, 448, 256, 384],
 }
-TOKEN_BUDGET = 8192
-"""The front's on a machine with memory to spare."""
+TOKEN_BUDGET = MICRO_BATCH_TOKENS
+"""A job's on a machine with memory to spare."""
 
 
 def make_batch(lengths: list[int], vocab_size: int, seed: int = 0) -> Arrays:

@@ -15,7 +15,7 @@ from homefire.control.catalog import Catalog
 from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import BaseModel, JobConfig, JobRow, ModelRow, Supervision
-from homefire.control.footprint import trainer_need
+from homefire.control.footprint import micro_batch_tokens, trainer_need
 from homefire.control.lifecycle import JOB_ALREADY, JOB_ENDED, JobEvent, job_after
 from homefire.control.names import check_id, id_in
 from homefire.control.reconcile import Reconciler
@@ -144,6 +144,8 @@ class Jobs:
             )
         model = self.catalog.resolve(name, promoted)
         mode, rank = _mode(request, shape)
+        directory = Path(model.directory)
+        need = trainer_need(directory, mode)
         return JobConfig(
             request=request,
             training_shape=training_shape,
@@ -151,7 +153,8 @@ class Jobs:
             mode=mode,
             lora_rank=rank,
             max_context_length=_context_length(asked.max_context_length, shape, model),
-            need=trainer_need(Path(model.directory), mode),
+            need=need,
+            micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity),
         )
 
     def _shape(self, name: str | None, promoted: list[ModelRow]) -> Shape | None:

@@ -41,6 +41,7 @@ class ProcessPlan:
             lora_rank=config.lora_rank,
             max_context_length=config.max_context_length,
             threads=config.need.threads,
+            micro_batch_tokens=config.micro_batch_tokens,
             store_root=str(self.home.store),
             job_dir=str(directory),
             engine=self.engine,

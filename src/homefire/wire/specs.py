@@ -72,7 +72,7 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where promoted models lie, by account and id; empty: there are none."""
     model_roots: list[str] = []
     """Directories that a path from a client may lead into."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048
     """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""

@@ -70,6 +70,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_rank: int
     max_context_length: int
     need: Need
+    micro_batch_tokens: int = 8192
+    """Token budget of one micro-batch. The default is that of jobs made before it was recorded."""
     pooled: bool = False
     """A trainer of the root Tinker plane: its models have slots of their own."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from homefire.control.capacity import Capacity, never_fits
 from homefire.control.db import tables
 from homefire.control.db.rows import BaseModel, JobConfig, JobRow, Supervision
-from homefire.control.footprint import trainer_need
+from homefire.control.footprint import micro_batch_tokens, trainer_need
 from homefire.control.lifecycle import JOB_TRANSITIONS, JobEvent, job_after
 from homefire.control.supervision import after_request
 from homefire.control.trainer_keeper import admit_if_room
@@ -82,7 +82,8 @@ class RootJobs:
     def _job(
         self, job_id: str, account: str, model: BaseModel, mode: TrainerMode, *, now: float
     ) -> JobRow:
-        need = trainer_need(Path(model.directory), mode)
+        directory = Path(model.directory)
+        need = trainer_need(directory, mode)
         if (lack := never_fits(self.capacity, need)) is not None:
             raise FailedPrecondition(
                 f"{model.name} cannot be trained here, {lack}",
@@ -106,6 +107,7 @@ class RootJobs:
                 lora_rank=rank,
                 max_context_length=model.max_context_length,
                 need=need,
+                micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity),
                 pooled=True,
             ),
             supervision=Supervision(),

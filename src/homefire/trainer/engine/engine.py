@@ -213,7 +213,7 @@ class SlotEngine:
             logprobs, fate = target_passes.backward(
                 slot.name, trained, batch, plan, loss, self._held
             )
-        rows, reply = packed_passes.keep(slot, loss, batch, logprobs)
+        rows, reply = packed_passes.keep(slot, evaluate(loss, logprobs, batch), batch, logprobs)
         return self._told(rows, fate), reply
 
     def forward_backward_packed(

@@ -86,7 +86,7 @@ class BigramNetwork:
         return isinstance(weights, BigramLora)
 
     def backward_together(self, parts: Sequence[Part]) -> list[Float32]:
-        """As on a real device, the order of sums depends on what is packed together."""
+        """One after the other, with the last bits of a pass that they share."""
         logprobs: list[Float32] = []
         for part in parts:
             if not isinstance(part.weights, BigramLora):

@@ -14,7 +14,7 @@ from itertools import zip_longest
 import numpy as np
 
 from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches
-from homefire.trainer.engine.losses import Loss, evaluate, metrics
+from homefire.trainer.engine.losses import Loss, LossTerms, evaluate, metrics
 from homefire.trainer.engine.network import Float32, Network, Part, TrainableWeights
 from homefire.trainer.engine.slots import Slot
 from homefire.wire.engine import Arrays, ExecutionPlan, Failure, Rows
@@ -34,6 +34,8 @@ class Member:
     error: HomefireError | None = None
     logprobs: Float32 = field(init=False)
     """[T, K] in the order of the request."""
+    terms: LossTerms = field(init=False)
+    """Once all of it ran without an error."""
 
     def __post_init__(self) -> None:
         self.logprobs = np.zeros(self.batch.targets.shape, np.float32)
@@ -73,17 +75,20 @@ def backward(network: Network, members: Sequence[Member | Failure]) -> list[Memb
     try:
         for together in zip_longest(*(m.cuts for m in running)):
             _run(network, [(m, cut) for m, cut in zip(running, together, strict=True) if cut])
+        for m in running:
+            _judge(m)
         return [(m, {}) if isinstance(m, Failure) else _reply(m) for m in members]
     finally:
         for m in running:
             m.weights.drop_gradient()
 
 
-def keep(slot: Slot, loss: Loss, batch: Batch, logprobs: Float32) -> tuple[Rows, Arrays]:
+def keep(slot: Slot, terms: LossTerms, batch: Batch, logprobs: Float32) -> tuple[Rows, Arrays]:
     """The reply of a backward pass that went well; what lies aside becomes the slot's gradient."""
-    terms = evaluate(loss, logprobs, batch)
     counted = (terms.gradient != 0).any(-1)
     rows = sum(bool(counted[row].any()) for row in batch.rows())
+    if not rows:
+        slot.trainable().drop_gradient()  # the zeros that a pass for others leaves
     slot.keep_gradient(int(counted.sum()), rows)
     return Rows(metrics=metrics(terms)), {"logprobs": logprobs}
 
@@ -106,10 +111,15 @@ def _gradient_of(m: Member, cut: MicroBatch) -> Callable[[Float32], Float32]:
     return gradient_of
 
 
-def _reply(m: Member) -> MemberReply:
+def _judge(m: Member) -> None:
+    """All members before any is kept: what breaks here must not leave half a pack."""
     try:
-        if m.error is not None:
-            raise m.error
-        return keep(m.slot, m.loss, m.batch, m.logprobs)
+        m.terms = evaluate(m.loss, m.logprobs, m.batch)
     except HomefireError as error:
-        return Failure(ErrorRecord.of(error)), {}
+        m.error = m.error or error
+
+
+def _reply(m: Member) -> MemberReply:
+    if m.error is not None:
+        return Failure(ErrorRecord.of(m.error)), {}
+    return keep(m.slot, m.terms, m.batch, m.logprobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from homefire.trainer.front.operations import (
     BASE_ONLY_KEY,
+    OWN_PASSES_KEY,
     CreateHandle,
     LoadTrainState,
     text_metadata,
@@ -68,6 +69,13 @@ def _check_features(request: CreateModel | LoadWeights) -> None:
             f"optimizer {config.type!r} is not supported",
             hint="use adamw",
             field="optimizer_config",
+        )
+    own_passes = text_metadata(request.user_metadata).get(OWN_PASSES_KEY, "false")
+    if own_passes.lower() not in {"true", "false"}:
+        raise InvalidArgument(
+            f"user_metadata {OWN_PASSES_KEY!r} is {own_passes!r}",
+            hint="use 'true' for results that do not depend on other models of the server, or leave it out",
+            field="user_metadata",
         )
     if request.projection_head_dim:
         raise Unsupported(

@@ -30,7 +30,7 @@ from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
 from homefire.trainer.front.slot_policy import SlotPolicy
 from homefire.trainer.front.validation import Batch, Limits, check_batch
 from homefire.wire import engine as wire
-from homefire.wire.engine import ExecutionPlan, SlotKind, check_adam
+from homefire.wire.engine import SlotKind, check_adam
 from homefire.wire.errors import (
     FailedPrecondition,
     HomefireError,
@@ -57,6 +57,8 @@ class LiveModel:
         self._checkpoints = checkpoints
         self._steps: dict[str, int] = {}
         """Of the open slots."""
+        self._sharing: set[str] = set()
+        """Open slots whose passes can be packed with others'."""
         self.opened = opened
         self.limits = Limits(
             opened.vocab_size, min(opened.max_context_length, spec.max_context_length)
@@ -73,6 +75,9 @@ class LiveModel:
     def step_of(self, slot: str) -> int | None:
         """Optimizer steps on the slot; None while it is not open."""
         return self._steps.get(slot)
+
+    def shares_passes(self, slot: str) -> bool:
+        return slot in self._sharing
 
     async def run(self, request: Request, operation: Operation, handle: Handle) -> Outcome:
         """Never raises for what is wrong with the request: that is the outcome. May raise EngineDied."""
@@ -126,34 +131,25 @@ class LiveModel:
     # Forward, backward, step -----------------------------------------------------------------
 
     async def _run_pass(self, request: Request, operation: RunPass, handle: Handle) -> Outcome:
-        body = operation.body
         if request.plan is None:
             raise InternalError(f"{request.request_id} has no plan")
-        if len(request.operation) > _PREPARE_OFF_LOOP_ABOVE:
-            batch = await asyncio.to_thread(check_batch, body, self.limits)
-        else:
-            batch = check_batch(body, self.limits)
-        output = await self._compute(operation, batch, request.plan, handle.slot)
-        fields: Fields = {
-            "loss": output.metrics.get("loss:sum", 0.0),
-            "tokens": len(batch.arrays["tokens"]),
-            "rows": batch.num_rows,
-            "metrics": output.metrics,
-        }
-        event = "forward" if body.forward_only else "forward_backward"
-        return Outcome(PassResult(output), event=event, fields=fields)
-
-    async def _compute(
-        self, operation: RunPass, batch: Batch, plan: ExecutionPlan, slot: str
-    ) -> PassOutput:
+        batch = await self.checked(request, operation)
         body = operation.body
         kind = wire.Forward if body.forward_only else wire.ForwardBackward
         message = kind(
-            slot=slot, loss_fn=body.loss_fn, loss_fn_config=body.loss_fn_config, plan=plan
+            slot=handle.slot,
+            loss_fn=body.loss_fn,
+            loss_fn_config=body.loss_fn_config,
+            plan=request.plan,
         )
         reply, arrays = await self._engine.call(message, batch.arrays)
-        rows = expect(reply, wire.Rows)
-        return PassOutput(metrics=rows.metrics, arrays=batch.unpack(arrays))
+        return pass_outcome(operation, batch, expect(reply, wire.Rows), arrays)
+
+    async def checked(self, request: Request, operation: RunPass) -> Batch:
+        """The pass's batch; raises the first thing that is wrong with it."""
+        if len(request.operation) > _PREPARE_OFF_LOOP_ABOVE:
+            return await asyncio.to_thread(check_batch, operation.body, self.limits)
+        return check_batch(operation.body, self.limits)
 
     async def _step(self, operation: StepOptimizer, handle: Handle) -> Outcome:
         message = wire.OptimStep(
@@ -238,9 +234,12 @@ class LiveModel:
     async def _close(self, slot: str) -> None:
         await ask(self._engine, wire.CloseSlot(slot), wire.Done)
         del self._steps[slot]
+        self._sharing.discard(slot)
 
     def _note_slot(self, opened: wire.SlotOpened) -> None:
         self._steps[opened.slot] = opened.step
+        if opened.shares_passes:
+            self._sharing.add(opened.slot)
 
     # Recovery --------------------------------------------------------------------------------
 
@@ -275,6 +274,18 @@ async def open_model(
     )
     opened = await ask(engine, message, wire.ModelOpened)
     return LiveModel(engine, spec, SlotCheckpoints(engine, spec, store, policy), opened)
+
+
+def pass_outcome(operation: RunPass, batch: Batch, rows: wire.Rows, arrays: wire.Arrays) -> Outcome:
+    output = PassOutput(metrics=rows.metrics, arrays=batch.unpack(arrays))
+    fields: Fields = {
+        "loss": output.metrics.get("loss:sum", 0.0),
+        "tokens": len(batch.arrays["tokens"]),
+        "rows": batch.num_rows,
+        "metrics": output.metrics,
+    }
+    event = "forward" if operation.body.forward_only else "forward_backward"
+    return Outcome(PassResult(output), event=event, fields=fields)
 
 
 def _check_allowed(operation: Operation, handle: Handle) -> None:

@@ -24,6 +24,7 @@ from homefire.wire.optim_step import AdamFields, OptimStepRequest, adam_fields
 from homefire.wire.tinker import Pass, RejectedPass
 
 BASE_ONLY_KEY = "homefire.base_only"
+OWN_PASSES_KEY = "homefire.own_passes"
 
 
 class OperationKind(StrEnum):
@@ -110,6 +111,11 @@ class CreateHandle(msgspec.Struct, frozen=True, kw_only=True, tag="create"):
     base_model: str = ""
     """As the client named it."""
     metadata: dict[str, str] = {}
+
+    @property
+    def own_passes(self) -> bool:
+        """No other model's passes are packed with those of this one."""
+        return self.metadata.get(OWN_PASSES_KEY, "").lower() == "true"
 
 
 class UnloadHandle(msgspec.Struct, frozen=True, tag="unload"):

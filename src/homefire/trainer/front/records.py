@@ -60,6 +60,25 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True, tag="completed"):
     at: float
 
 
+class Packed(msgspec.Struct, frozen=True, kw_only=True, tag="packed"):
+    """Passes of several slots are about to run as one, cut as each was when it was accepted.
+
+    Bits depend on what runs together, so replay does the same; and a pack that has no results where
+    the journal ends may have been what ended it, so its requests run alone from then on.
+    """
+
+    request_ids: list[str]
+    """In the order in which their rows are packed."""
+    at: float
+
+
+class PackCompleted(msgspec.Struct, frozen=True, kw_only=True, tag="pack_completed"):
+    """All results of a pack: one record, since none of them can be done again without the others."""
+
+    completed: list[Completed]
+    """In the order of the pack; positions follow on one another."""
+
+
 class PointTaken(msgspec.Struct, frozen=True, kw_only=True, tag="point"):
     """A recovery point holds everything up to `position`."""
 
@@ -113,6 +132,8 @@ class Handle(msgspec.Struct, kw_only=True):
     unloaded: bool = False
     failure: str = ""
     """Why it could not be created, if it could not."""
+    own_passes: bool = False
+    """Its passes are never packed with those of other models."""
     ended_at: int | None = None
     """Position of the request that unloaded it, or failed to create it."""
 
@@ -128,7 +149,17 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, tag="snapshot"):
     points: list[PointTaken]
 
 
-Record = SessionCreated | Accepted | GapExpired | Completed | PointTaken | Reopened | Snapshot
+Record = (
+    SessionCreated
+    | Accepted
+    | GapExpired
+    | Packed
+    | Completed
+    | PackCompleted
+    | PointTaken
+    | Reopened
+    | Snapshot
+)
 
 
 class PassResult(msgspec.Struct, frozen=True, tag="pass"):

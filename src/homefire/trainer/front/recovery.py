@@ -27,11 +27,13 @@ from homefire.trainer.front.operations import (
     UnloadHandle,
 )
 from homefire.trainer.front.outcome import Outcome, failed
+from homefire.trainer.front.packs import member_of, run_pack
 from homefire.trainer.front.records import (
     Accepted,
     Completed,
     FailedResult,
     Handle,
+    PackCompleted,
     PassResult,
     PlainResult,
     PointTaken,
@@ -88,12 +90,15 @@ class Recovery:
         start = point.position if point else 0
         history = await asyncio.to_thread(_completed_after, self._journal, start)
         self._check_complete(history, start)
-        payloads = await asyncio.to_thread(
-            _accepted, self._journal, {c.request_id for c in history}
-        )
-        for done, completed in enumerate(history):
+        request_ids = {c.request_id for together in history for c in together}
+        payloads = await asyncio.to_thread(_accepted, self._journal, request_ids)
+        for done, together in enumerate(history):
             self._progress(done, len(history))
-            await self._replay(model, payloads.get(completed.request_id), completed, recovered)
+            accepted = [payloads.get(completed.request_id) for completed in together]
+            if len(together) > 1:
+                await self._replay_pack(model, accepted, together, recovered)
+            else:
+                await self._replay(model, accepted[0], together[0], recovered)
         return recovered
 
     async def _load_newest_point(
@@ -114,11 +119,11 @@ class Recovery:
             raise damaged
         return None
 
-    def _check_complete(self, history: list[Completed], start: int) -> None:
-        expected = self._ledger.position - start
-        if len(history) != expected:
+    def _check_complete(self, history: list[list[Completed]], start: int) -> None:
+        expected, found = self._ledger.position - start, sum(map(len, history))
+        if found != expected:
             raise DigestMismatch(
-                f"the journal has {len(history)} of the {expected} operations after {start}",
+                f"the journal has {found} of the {expected} operations after {start}",
                 hint="the job's recovery points are missing or damaged; branch from a checkpoint",
             )
 
@@ -139,6 +144,39 @@ class Recovery:
         outcome = await self._replay_success(model, accepted, operation)
         if outcome is not None:
             recovered.divergences += _compare(accepted, outcome, completed)
+
+    async def _replay_pack(
+        self,
+        model: LiveModel,
+        accepted: Sequence[Accepted | None],
+        completed: Sequence[Completed],
+        recovered: Recovered,
+    ) -> None:
+        """The same requests as one pass, those that failed too: the others' bits depend on them."""
+        found = [record for record in accepted if record is not None]
+        if len(found) != len(completed):
+            return
+        for record, outcome, first in zip(
+            found, await self._pack_again(model, found), completed, strict=True
+        ):
+            recovered.num_replayed += first.ok
+            recovered.divergences += _compare(record, outcome, first)
+
+    async def _pack_again(self, model: LiveModel, accepted: Sequence[Accepted]) -> list[Outcome]:
+        """An engine that cannot pack them any more runs each alone: other bits, but no gradient lost."""
+        handles = [self._ledger.handles[record.model_id] for record in accepted]
+        requests = [_request(record) for record in accepted]
+        try:
+            pack = [
+                await member_of(request, handle, model)
+                for request, handle in zip(requests, handles, strict=True)
+            ]
+            return await run_pack(pack, model)
+        except HomefireError:
+            return [
+                await model.run(request, operations.decode(request.operation), handle)
+                for request, handle in zip(requests, handles, strict=True)
+            ]
 
     async def _replay_failure(
         self, model: LiveModel, accepted: Accepted, operation: Operation, completed: Completed
@@ -218,8 +256,12 @@ def _compare(accepted: Accepted, outcome: Outcome, completed: Completed) -> Iter
     """Describes a difference between a replayed result and the journaled one, if there is one."""
     first, again = decode_result(completed.result), outcome.result
     what = f"{accepted.kind.value} {accepted.seq or ''} of {accepted.model_id}"
+    if isinstance(first, FailedResult) and isinstance(again, FailedResult):
+        return
     if isinstance(again, FailedResult):
         yield f"{what} now fails: {again.error.message}"
+    elif isinstance(first, FailedResult):
+        yield f"{what} failed before and now succeeds"
     elif isinstance(first, PassResult) and isinstance(again, PassResult):
         if first.output.arrays != again.output.arrays:
             yield f"{what}: {', '.join(first.output.arrays) or 'the arrays'} differ"
@@ -229,9 +271,17 @@ def _compare(accepted: Accepted, outcome: Outcome, completed: Completed) -> Iter
         yield f"{what}: the result differs"
 
 
-def _completed_after(directory: Path, position: int) -> list[Completed]:
-    records = (record for _, record in read_journal(directory))
-    return [r for r in records if isinstance(r, Completed) and r.position > position]
+def _completed_after(directory: Path, position: int) -> list[list[Completed]]:
+    """In order; those of one pack together."""
+    return [found for found in _completions(directory) if found[0].position > position]
+
+
+def _completions(directory: Path) -> Iterator[list[Completed]]:
+    for _, record in read_journal(directory):
+        if isinstance(record, Completed):
+            yield [record]
+        elif isinstance(record, PackCompleted):
+            yield record.completed
 
 
 def _accepted(directory: Path, request_ids: set[str]) -> dict[str, Accepted]:
@@ -242,4 +292,4 @@ def _accepted(directory: Path, request_ids: set[str]) -> dict[str, Accepted]:
 
 def reaches_back(directory: Path) -> bool:
     """Whether the journal still has the first operation."""
-    return any(isinstance(r, Completed) and r.position == 1 for _, r in read_journal(directory))
+    return any(found[0].position == 1 for found in _completions(directory))

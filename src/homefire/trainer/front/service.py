@@ -21,6 +21,7 @@ from homefire.trainer.front.recovery_points import RecoveryPoints
 from homefire.trainer.front.sessions import Ledger
 from homefire.trainer.front.slot_policy import slot_policy
 from homefire.trainer.front.status import StatusBoard
+from homefire.trainer.front.turns import Turns
 from homefire.trainer.front.worker import Worker
 from homefire.wire.specs import TrainerSpec
 
@@ -102,6 +103,8 @@ class Front:
             recovery=Recovery(self.spec, self.ledger, self._note_progress),
             start_engine=self._start_engine,
             open_model=self._open_model,
+            turns=Turns(self.ledger, pooled=self.spec.pooled),
+            pack_tokens=self.spec.micro_batch_tokens,
         )
 
     async def _start_process(self) -> Engine:

@@ -22,6 +22,8 @@ from homefire.trainer.front.records import (
     GapExpired,
     Handle,
     Hole,
+    PackCompleted,
+    Packed,
     PointTaken,
     Record,
     Reopened,
@@ -52,6 +54,8 @@ class Request:
     """Where in the journal it was accepted."""
     missing: int | None = None
     """The number before it that never came, which fails it."""
+    was_packed: bool = False
+    """It ran together with others, and has no result: from now on it runs alone."""
 
 
 @dataclass
@@ -92,8 +96,13 @@ class Ledger:
                 self._accept(record, segment)
             case GapExpired():
                 self._expire(record)
+            case Packed():
+                self._note_pack(record)
             case Completed():
                 self._complete(record, segment)
+            case PackCompleted():
+                for completed in record.completed:
+                    self._complete(completed, segment)
             case PointTaken():
                 self.points = [*self.points, record][-NUM_POINTS_KEPT:]
                 self.has_loaded = False
@@ -199,6 +208,7 @@ class Ledger:
             lora=create.lora,
             base_model=create.base_model,
             created_by=Seen(record.request_id, record.digest),
+            own_passes=create.own_passes,
         )
         if create.kind is not SlotKind.REFERENCE:
             self._fence(handle)
@@ -224,6 +234,11 @@ class Ledger:
     def _release(self, request_ids: Iterable[str]) -> None:
         """A snapshot may still name requests that were completed in segments since deleted."""
         self.queue.extend(r for r in request_ids if r in self.requests)
+
+    def _note_pack(self, record: Packed) -> None:
+        for request_id in record.request_ids:
+            if request_id in self.requests:
+                self.requests[request_id].was_packed = True
 
     def _complete(self, record: Completed, segment: int) -> None:
         self.position = record.position

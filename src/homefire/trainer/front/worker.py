@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from homefire.foundation.clock import Clock
 from homefire.foundation.events import EventLog
@@ -20,13 +20,23 @@ from homefire.trainer.front.engine_process import Engine, EngineDied
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
+from homefire.trainer.front.operation_events import OperationEvents
 from homefire.trainer.front.operations import Operation, OperationKind, SaveTrainState
 from homefire.trainer.front.outcome import Outcome
-from homefire.trainer.front.records import Completed, Handle, encode_result
+from homefire.trainer.front.packs import Member, pack_of, run_pack
+from homefire.trainer.front.records import (
+    Completed,
+    Handle,
+    PackCompleted,
+    Packed,
+    Record,
+    encode_result,
+)
 from homefire.trainer.front.recovery import Recovered, Recovery, divergence
 from homefire.trainer.front.recovery_points import RecoveryPoints
 from homefire.trainer.front.sessions import Ledger, Request, refusal_of
 from homefire.trainer.front.status import StatusBoard
+from homefire.trainer.front.turns import Turns
 from homefire.wire.errors import (
     EngineFailed,
     ErrorRecord,
@@ -62,6 +72,8 @@ class Worker:
         recovery: Recovery,
         start_engine: Callable[[], Awaitable[Engine]],
         open_model: OpenModel,
+        turns: Turns,
+        pack_tokens: int,
     ) -> None:
         self._clock = clock
         self._ledger = ledger
@@ -73,6 +85,10 @@ class Worker:
         self._recovery = recovery
         self._start_engine = start_engine
         self._open_model = open_model
+        self._turns = turns
+        self._pack_tokens = pack_tokens
+        """Of all requests that run as one."""
+        self._tell = OperationEvents(ledger, events).tell
         self._wake = asyncio.Event()
         self._stopping = False
         self._forgetting: list[asyncio.Future[None]] = []
@@ -248,7 +264,17 @@ class Worker:
             self._status.report(ErrorRecord.of(error))
 
     async def _run_next(self, model: LiveModel) -> None:
-        request = self._ledger.requests[self._ledger.queue[0]]
+        waiting = self._turns.waiting()
+        pack = await pack_of(
+            waiting, self._ledger, model, token_budget=self._pack_tokens, apart=self._deaths.keys()
+        )
+        if len(pack) > 1:
+            await self._run_pack(model, pack)
+        else:
+            await self._run_alone(model, waiting[0])
+
+    async def _run_alone(self, model: LiveModel, request: Request) -> None:
+        self._turns.note(request)
         handle = self._ledger.handles[request.model_id]
         operation = operations.decode(request.operation)
         await self._keep_what_was_loaded(model, operation)
@@ -258,9 +284,35 @@ class Worker:
         except EngineDied:
             self._deaths[request.request_id] += 1
             raise
-        step = self._step_of(model, handle.slot)
-        await self._complete(request, outcome, step=step)
-        self._tell(request, outcome, step=step, ms=1000 * self._seconds_since(started))
+        completed = self._completed(model, request, outcome, position=self._ledger.position + 1)
+        await self._make_history(completed)
+        self._deaths.pop(request.request_id, None)
+        self._tell(request, outcome, step=completed.step, ms=1000 * self._seconds_since(started))
+
+    async def _run_pack(self, model: LiveModel, pack: Sequence[Member]) -> None:
+        """Its members run alone from now on if the engine dies of them, or refuses them together."""
+        for member in pack:
+            self._turns.note(member.request)
+        request_ids = [member.request.request_id for member in pack]
+        await self._append(Packed(request_ids=request_ids, at=self._clock.now()))
+        started = self._clock.monotonic()
+        try:
+            outcomes = await run_pack(pack, model)
+        except EngineDied:
+            self._deaths.update(request_ids)
+            raise
+        except HomefireError as error:
+            log.warning("%d requests cannot run as one and run alone: %s", len(pack), error)
+            return
+        position = self._ledger.position + 1
+        completed = [
+            self._completed(model, member.request, outcome, position=position + number)
+            for number, (member, outcome) in enumerate(zip(pack, outcomes, strict=True))
+        ]
+        await self._make_history(PackCompleted(completed=completed))
+        ms = 1000 * self._seconds_since(started)
+        for member, outcome, record in zip(pack, outcomes, completed, strict=True):
+            self._tell(member.request, outcome, step=record.step, ms=ms)
 
     async def _keep_what_was_loaded(self, model: LiveModel, operation: Operation) -> None:
         """A replay would load a state again, which is another one once it is overwritten."""
@@ -299,63 +351,35 @@ class Worker:
             return None
         return refusal_of(handle) or _broken_order(request, handle)
 
-    async def _complete(self, request: Request, outcome: Outcome, *, step: int) -> None:
-        """The result becomes history. A full disk holds everything up here, and loses nothing."""
-        failpoint("journal.before_applied")
-        record = Completed(
+    def _completed(
+        self, model: LiveModel, request: Request, outcome: Outcome, *, position: int
+    ) -> Completed:
+        return Completed(
             request_id=request.request_id,
-            position=self._ledger.position + 1,
+            position=position,
             result=encode_result(outcome.result),
             ok=outcome.error is None,
-            step=step,
+            step=self._step_of(model, self._ledger.handles[request.model_id].slot),
             discarded=outcome.discarded,
             at=self._clock.now(),
         )
+
+    async def _make_history(self, record: Completed | PackCompleted) -> None:
+        failpoint("journal.before_applied")
+        await self._append(record)
+
+    async def _append(self, record: Record) -> None:
+        """A full disk holds everything up here, and loses nothing."""
         while True:
             try:
                 await self._journal.append(record)
-                break
+                return
             except StorageFailed as error:
                 if self._stopping:
                     raise
                 log.error("%s; trying again", error)
                 self._status.progress(str(error))
                 await asyncio.sleep(_STORAGE_RETRY_S)
-        self._deaths.pop(request.request_id, None)
-
-    def _tell(self, request: Request, outcome: Outcome, *, step: int, ms: float) -> None:
-        common = {"model_id": request.model_id, "seq_id": request.seq, "step": step}
-        if outcome.error is not None:
-            error = outcome.error
-            fields = {"kind": request.kind, "code": error.code, "message": error.message}
-            self._events.append("request_failed", **common, **fields)
-        elif outcome.event:
-            self._events.append(outcome.event, **common, ms=round(ms, 2), **outcome.fields)
-            if request.kind is OperationKind.CREATE_MODEL:
-                self._tell_fencing(request, outcome)
-            if "sampling_session_id" in outcome.fields:
-                self._tell_sampling_session(request, outcome)
-
-    def _tell_fencing(self, request: Request, outcome: Outcome) -> None:
-        handle = self._ledger.handles[request.model_id]
-        who = {"session_id": handle.session_id, "slot": handle.slot, "by": handle.model_id}
-        for model_id in handle.fenced:
-            self._events.append("superseded", model_id=model_id, **who)
-        if outcome.fields.get("num_backward_calls"):
-            counts = {k: outcome.fields[k] for k in ("num_backward_calls", "num_loss_tokens")}
-            model_id = handle.fenced[-1] if handle.fenced else handle.model_id
-            self._events.append("gradients_discarded", model_id=model_id, **who, **counts)
-
-    def _tell_sampling_session(self, request: Request, outcome: Outcome) -> None:
-        handle = self._ledger.handles[request.model_id]
-        self._events.append(
-            "sampling_session_created",
-            sampling_session_id=outcome.fields["sampling_session_id"],
-            identity=outcome.fields["identity"],
-            model_id=handle.model_id,
-            session_id=handle.session_id,
-            base_model=handle.base_model,
-        )
 
     def _seconds_since(self, started: float) -> float:
         return round(self._clock.monotonic() - started, 6)

@@ -33,6 +33,8 @@ class Orders:
 
     dies_at: list[type[Request]] = field(default_factory=list)
     """An engine dies once at each of these requests, in this order."""
+    dies_of: Callable[[Request], bool] | None = None
+    """An engine dies at every such request."""
     holds: type[Request] | None = None
     """Requests of this kind wait for `released`."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,6 +59,8 @@ class EngineInProcess:
         orders.seen.append(request)
         if orders.dies_at and isinstance(request, orders.dies_at[0]):
             orders.dies_at.pop(0)
+            self._ended.set()
+        if orders.dies_of is not None and orders.dies_of(request):
             self._ended.set()
         if self._ended.is_set():
             raise EngineDied(f"died at {type(request).__name__}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.model.layout import RowLayout
+from homefire.model.layout import RowLayout
 from homefire.model.lora import LoraAdapter, LowRank
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def reaches_segments(model: LoadedModel, adapter: LoraAdapter) -> bool:
     if model.layout is not RowLayout.PACKED:
         return False
     modules = dict(model.module.named_modules())
-    return all(type(modules.get(path)) is nn.Linear for path in adapter.layers)
+    return model.layout is RowLayout.PACKED and all(
+        type(modules.get(path)) is nn.Linear for path in adapter.layers
+    )
 
 
 @contextmanager

@@ -71,6 +71,13 @@ def add_parser(commands: Commands) -> None:
         " 0: never (default: %(default)g)",
     )
     parser.add_argument(
+        "--held-graphs",
+        type=float,
+        metavar="GIB",
+        help="memory that a trainer may use to keep the graph of a custom loss's forward for its"
+        " backward; 0: none (default: an eighth of the memory)",
+    )
+    parser.add_argument(
         "--keep-journals",
         action="store_true",
         help="never trim a trainer's journal, so that `homefire trainer replay` can start at step 0"
@@ -108,11 +115,13 @@ class UpOptions:
     engine: str
     pool_idle_s: float = DEFAULT_POOL_IDLE_S
     keep_journals: bool = False
+    held_graphs_gib: float | None = None
 
     def __post_init__(self) -> None:
         from homefire.cli.addresses import check_exposure, check_tls, check_url
 
         check_pool_idle(self.pool_idle_s)
+        check_held_graphs(self.held_graphs_gib)
         check_tls(self.tls_certificate, self.tls_key)
         check_exposure(
             self.host,
@@ -137,6 +146,7 @@ class UpOptions:
             engine=arguments.engine,
             pool_idle_s=arguments.pool_idle,
             keep_journals=arguments.keep_journals,
+            held_graphs_gib=arguments.held_graphs,
         )
 
 
@@ -184,6 +194,17 @@ def check_pool_idle(seconds: float) -> None:
         )
 
 
+def check_held_graphs(gib: float | None) -> None:
+    from homefire.wire.errors import InvalidArgument
+
+    if gib is not None and not 0 <= gib < float("inf"):
+        raise InvalidArgument(
+            f"--held-graphs {gib:g} is not a number of GiB",
+            hint="use 0 to keep none, or leave it out for an eighth of the memory",
+            field="held-graphs",
+        )
+
+
 def existing_directory(path: Path) -> Path:
     from homefire.wire.errors import InvalidArgument
 
@@ -224,6 +245,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         engine=EngineKind(options.engine),
         pool_idle_s=options.pool_idle_s,
         keep_journals=options.keep_journals,
+        held_graph_bytes=_bytes(options.held_graphs_gib),
     )
     gateway = GatewaySpec(
         home=str(home.root),
@@ -237,6 +259,10 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         allowed_hosts=[urlsplit(url).hostname or options.host],
     )
     return control, gateway
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * (1 << 30))
 
 
 def _text(path: Path | None) -> str | None:

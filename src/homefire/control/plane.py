@@ -131,6 +131,7 @@ class ControlPlane:
             self.spec.engine,
             self.spec.model_roots,
             keep_journals=self.spec.keep_journals,
+            held_graph_bytes=self.spec.held_graph_bytes,
         )
         self.reconciler = Reconciler(
             database=self.database,

@@ -23,6 +23,7 @@ class ProcessPlan:
     engine: EngineKind
     model_roots: Sequence[str] = ()
     keep_journals: bool = False
+    held_graph_bytes: int | None = None
 
     def trainer(self, job: JobRow) -> ProcessSpec:
         config, directory = job.config, self.home.job(job.id)
@@ -46,6 +47,7 @@ class ProcessPlan:
             job_dir=str(directory),
             engine=self.engine,
             keep_journal=self.keep_journals,
+            held_graph_bytes=self.held_graph_bytes,
             pooled=config.pooled,
             sampler=sampler_id(job.id) if config.pooled else "",
             promoted_models=str(self.home.models),

@@ -8,7 +8,7 @@ from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.lifecycle import SeenReplica, SeenTrainer, hot_load_error
 from homefire.control.world import Picture
 from homefire.wire.ids import deployment_name, job_name
-from homefire.wire.internal import HotLoadStage
+from homefire.wire.internal import GraphStatus, HotLoadStage
 from homefire.wire.records import (
     CapacityReport,
     DeploymentReport,
@@ -49,6 +49,7 @@ def status_report(
 
 def _job(job: JobRow, seen: SeenTrainer) -> JobReport:
     record, status = job.supervision.process, seen.status
+    graphs = status.graphs if status else GraphStatus()
     return JobReport(
         name=job_name(job.account, job.id),
         state=job.state.value,
@@ -62,6 +63,10 @@ def _job(job: JobRow, seen: SeenTrainer) -> JobReport:
         engine_restarts=status.engine_restarts if status else 0,
         restarts=job.supervision.restarts,
         detail=status.detail if status else "",
+        held_graph_bytes=graphs.held_bytes,
+        held_graph_budget_bytes=graphs.budget_bytes,
+        num_graphs_reused=graphs.num_reused,
+        num_graphs_recomputed=graphs.num_recomputed,
     )
 
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.model.layout import RowLayout
-from homefire.model.layout import RowLayout
 from homefire.model.lora import LoraAdapter, LowRank
 
 if TYPE_CHECKING:

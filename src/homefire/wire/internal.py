@@ -58,6 +58,19 @@ class TrainerState(StrEnum):
     """The engine cannot start; `error` says why. The front stays up to say so."""
 
 
+class GraphStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Graphs kept between the two calls of a custom loss."""
+
+    budget_bytes: int = 0
+    held_bytes: int = 0
+    """At most: as of the last pass, or 0 once all have expired."""
+    num_held: int = 0
+    num_reused: int = 0
+    """Backwards that ran alone, since the front started."""
+    num_recomputed: int = 0
+    """Backwards that found their graph gone and ran its forward again."""
+
+
 class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     nonce: str
@@ -70,6 +83,7 @@ class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     replayed: int = 0
     detail: str = ""
     error: ErrorRecord | None = None
+    graphs: GraphStatus = GraphStatus()
 
 
 class HotLoadStage(StrEnum):

@@ -165,6 +165,11 @@ class JobReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     engine_restarts: int = 0
     restarts: int = 0
     detail: str = ""
+    held_graph_bytes: int = 0
+    """Kept between the two calls of custom losses."""
+    held_graph_budget_bytes: int = 0
+    num_graphs_reused: int = 0
+    num_graphs_recomputed: int = 0
 
 
 class RunReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):

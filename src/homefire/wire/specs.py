@@ -74,6 +74,11 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Directories that a path from a client may lead into."""
     micro_batch_tokens: int = 2048
     """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
+    held_graph_bytes: int | None = None
+    """What graphs kept between the two calls of a custom loss may take in memory; 0: none is kept,
+    None: an eighth of the memory of the engine's device."""
+    held_graph_limit_s: float = 300.0
+    """How long such a graph is kept for a second call that does not come."""
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
     recovery_interval_s: float = 60.0
@@ -128,6 +133,8 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineKind = EngineKind.TORCH
     keep_journals: bool = False
     """Trainers never trim their journals: `TrainerSpec.keep_journal`."""
+    held_graph_bytes: int | None = None
+    """Of every trainer; see TrainerSpec."""
     pool_idle_s: float = 1800.0
     """A root plane's trainer or sampler that nobody used for so long is parked; 0 = never."""
     capacity_threads: int = 0

@@ -25,7 +25,10 @@ from homefire.wire.specs import ControlSpec, GatewaySpec, Upstream, read_spec
 def server(homefire_up):
     return homefire_up(
         engine="fake",
-        arguments=["--alias", "accounts/a/models/m=tiny", "--pool-idle", "90", "--keep-journals"],
+        arguments=[
+            *("--alias", "accounts/a/models/m=tiny"),
+            *("--pool-idle", "90", "--held-graphs", "0.5", "--keep-journals"),
+        ],
     )
 
 
@@ -68,6 +71,7 @@ def test_options_reach_the_services(server):
     assert control.model_roots == [str(server.home / "models")]
     assert control.pool_idle_s == 90.0
     assert control.keep_journals is True
+    assert control.held_graph_bytes == 1 << 29
 
 
 def test_secrets_are_in_private_files_and_on_no_command_line(server):
@@ -178,6 +182,14 @@ def test_an_idle_time_that_cannot_be_is_refused(tmp_path, seconds):
     assert run.returncode == 1
     assert "--pool-idle" in run.stderr
     assert "use 0 to park nothing" in run.stderr
+
+
+@pytest.mark.parametrize("gib", ["-1", "nan", "inf"])
+def test_memory_that_cannot_be_is_refused(tmp_path, gib):
+    run = try_up(tmp_path / "home", "--port", "0", f"--held-graphs={gib}")
+    assert run.returncode == 1
+    assert "--held-graphs" in run.stderr
+    assert "use 0 to keep none" in run.stderr
 
 
 def test_a_service_that_cannot_start_is_shown_with_the_end_of_its_log(tmp_path):

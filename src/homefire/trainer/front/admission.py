@@ -10,10 +10,13 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from homefire.foundation.clock import Clock
 from homefire.trainer.front import operations
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.gaps import GapTimers
+from homefire.trainer.front.graph_plans import GraphPlans, graph_key
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.operations import CreateHandle, Operation, OperationKind, RunPass
 from homefire.trainer.front.plan import micro_batches
@@ -29,7 +32,7 @@ from homefire.trainer.front.records import (
 )
 from homefire.trainer.front.sessions import Ledger, Load, refusal_of
 from homefire.trainer.front.slot_policy import SlotPolicy
-from homefire.wire.engine import ExecutionPlan
+from homefire.wire.engine import ExecutionPlan, SlotKind
 from homefire.wire.errors import (
     ErrorRecord,
     HomefireError,
@@ -58,6 +61,8 @@ class Submission:
     encoded: bytes
     digest: str
     plan: ExecutionPlan | None
+    graph_key: str | None = None
+    """See `graph_plans`."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,18 @@ class Admission:
         self._futures = futures
         self._journal = journal
         self._wake = wake
+        self._graphs = GraphPlans()
         self._flights: dict[tuple[str, int | str], _Flight] = {}
         self.gaps = GapTimers(clock, ledger, self.expire, timeout_s=spec.gap_timeout_s)
 
     def submission(self, operation: Operation) -> Submission:
         """Pure; takes milliseconds per MB, so large operations are prepared off the event loop."""
         encoded = operations.encode(operation)
-        plan = self._plan(operation) if isinstance(operation, RunPass) else None
-        return Submission(
-            operations.kind_of(operation), encoded, operations.digest_of(encoded), plan
-        )
+        kind, digest = operations.kind_of(operation), operations.digest_of(encoded)
+        if not isinstance(operation, RunPass):
+            return Submission(kind, encoded, digest, None)
+        plan = self._plan(operation)
+        return Submission(kind, encoded, digest, plan, graph_key(operation.body, plan))
 
     async def create_session(self) -> str:
         session_id = self._policy.new_session_id()
@@ -210,7 +217,7 @@ class Admission:
             digest=submission.digest,
             kind=submission.kind,
             operation=submission.encoded,
-            plan=submission.plan,
+            plan=self._with_graph(model, submission),
             at=self._clock.now(),
         )
         creates = submission.kind is OperationKind.CREATE_MODEL
@@ -219,6 +226,13 @@ class Admission:
         self.gaps.watch(self._ledger.handles[model])
         self._wake()
         return record.request_id
+
+    def _with_graph(self, model: str, submission: Submission) -> ExecutionPlan | None:
+        handle = self._ledger.handles.get(model)
+        keeps = handle is not None and handle.kind is not SlotKind.REFERENCE
+        key = submission.graph_key if keeps and self._spec.held_graph_bytes != 0 else None
+        use = self._graphs.use(model, submission.kind, key)
+        return submission.plan and msgspec.structs.replace(submission.plan, graph=use)
 
     async def _land(self, record: Accepted, slot: tuple[str, int | str] | None) -> None:
         """To the disk, shielded: a client that goes away does not take its request back."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from homefire.checkpoints import CheckpointStore
 from homefire.trainer.front.engine_process import Engine, ask, expect
+from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.operations import (
     CreateHandle,
     LoadAdapterWeights,
@@ -52,8 +53,10 @@ class LiveModel:
         spec: TrainerSpec,
         checkpoints: SlotCheckpoints,
         opened: wire.ModelOpened,
+        graphs: GraphBoard,
     ) -> None:
         self._engine = engine
+        self._graphs = graphs
         self._checkpoints = checkpoints
         self._steps: dict[str, int] = {}
         """Of the open slots."""
@@ -143,7 +146,9 @@ class LiveModel:
             plan=request.plan,
         )
         reply, arrays = await self._engine.call(message, batch.arrays)
-        return pass_outcome(operation, batch, expect(reply, wire.Rows), arrays)
+        rows = expect(reply, wire.Rows)
+        self._graphs.note(rows)
+        return pass_outcome(operation, batch, rows, arrays)
 
     async def checked(self, request: Request, operation: RunPass) -> Batch:
         """The pass's batch; raises the first thing that is wrong with it."""
@@ -259,7 +264,11 @@ class LiveModel:
 
 
 async def open_model(
-    engine: Engine, spec: TrainerSpec, store: CheckpointStore, policy: SlotPolicy
+    engine: Engine,
+    spec: TrainerSpec,
+    store: CheckpointStore,
+    policy: SlotPolicy,
+    graphs: GraphBoard,
 ) -> LiveModel:
     """Loads the base model. Raises what is wrong with it, e.g. ModelUnavailable."""
     message = wire.OpenModel(
@@ -271,9 +280,13 @@ async def open_model(
         threads=spec.threads,
         max_context_length=spec.max_context_length,
         snapshot_cap_bytes=spec.snapshot_cap_bytes,
+        held_graph_bytes=spec.held_graph_bytes,
+        held_graph_limit_s=spec.held_graph_limit_s,
     )
     opened = await ask(engine, message, wire.ModelOpened)
-    return LiveModel(engine, spec, SlotCheckpoints(engine, spec, store, policy), opened)
+    graphs.engine_started(budget_bytes=opened.held_graph_bytes)
+    checkpoints = SlotCheckpoints(engine, spec, store, policy)
+    return LiveModel(engine, spec, checkpoints, opened, graphs)
 
 
 def pass_outcome(operation: RunPass, batch: Batch, rows: wire.Rows, arrays: wire.Arrays) -> Outcome:
@@ -283,6 +296,7 @@ def pass_outcome(operation: RunPass, batch: Batch, rows: wire.Rows, arrays: wire
         "tokens": len(batch.arrays["tokens"]),
         "rows": batch.num_rows,
         "metrics": output.metrics,
+        "graph": rows.graph.value,
     }
     event = "forward" if operation.body.forward_only else "forward_backward"
     return Outcome(PassResult(output), event=event, fields=fields)

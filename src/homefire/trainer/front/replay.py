@@ -23,6 +23,7 @@ from homefire.checkpoints import DirectoryStore, file_entry
 from homefire.foundation.clock import Clock
 from homefire.trainer.front.engine_process import Engine, ask
 from homefire.trainer.front.futures import Futures
+from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.journal import read_journal, segments
 from homefire.trainer.front.live_model import LiveModel, open_model
 from homefire.trainer.front.records import PointTaken
@@ -124,7 +125,8 @@ class Replay:
         try:
             store = DirectoryStore(Path(self._spec.store_root), self._clock)
             policy = slot_policy(self._spec, ledger)
-            model = await open_model(engine, self._spec, store, policy)
+            graphs = GraphBoard(self._clock, limit_s=self._spec.held_graph_limit_s)
+            model = await open_model(engine, self._spec, store, policy, graphs)
             recovered = await Recovery(self._spec, ledger, progress).run(model, points)
             await model.save_recovery(self._workspace / name)
             slots = {slot: await _end_of(model, slot) for slot in model.open_slots}

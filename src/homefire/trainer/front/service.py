@@ -13,6 +13,7 @@ from homefire.foundation.events import EventLog
 from homefire.trainer.front.admission import Admission
 from homefire.trainer.front.engine_process import Engine, EngineProcess
 from homefire.trainer.front.futures import Futures
+from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.journal import Journal, read_journal
 from homefire.trainer.front.live_model import LiveModel, open_model
 from homefire.trainer.front.records import Reopened
@@ -47,7 +48,8 @@ class Front:
         self.policy = slot_policy(spec, self.ledger)
         self.journal = Journal(journal_directory(spec), self.ledger.apply)
         self.events = EventLog(Path(spec.job_dir) / "events.jsonl", self.clock)
-        self.status = StatusBoard(self.ledger, nonce=spec.nonce)
+        self._graphs = GraphBoard(self.clock, limit_s=spec.held_graph_limit_s)
+        self.status = StatusBoard(self.ledger, self._graphs, nonce=spec.nonce)
         self._points = RecoveryPoints(
             spec, self.clock, self.ledger, self.futures, self.journal, self.events
         )
@@ -112,7 +114,7 @@ class Front:
         return await EngineProcess.start(self.spec.engine, threads=self.spec.threads, log=log)
 
     async def _open_model(self, engine: Engine) -> LiveModel:
-        return await open_model(engine, self.spec, self.store, self.policy)
+        return await open_model(engine, self.spec, self.store, self.policy, self._graphs)
 
     def _note_progress(self, done: int, total: int) -> None:
         self.status.progress(f"operation {done} of {total}")

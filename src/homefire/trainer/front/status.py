@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from homefire.foundation.versioned import Versioned
+from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.sessions import Ledger
 from homefire.wire.errors import ErrorRecord
 from homefire.wire.internal import TrainerState, TrainerStatus
@@ -19,8 +20,9 @@ _NOT_RUNNING = {
 class StatusBoard:
     """Waiters wake when the state changes, not at every step: counts are filled in when read."""
 
-    def __init__(self, ledger: Ledger, *, nonce: str) -> None:
+    def __init__(self, ledger: Ledger, graphs: GraphBoard, *, nonce: str) -> None:
         self._ledger = ledger
+        self._graphs = graphs
         first = TrainerStatus(version=0, nonce=nonce, state=TrainerState.STARTING)
         self._versioned = Versioned(first)
         self._progress = ""
@@ -70,6 +72,7 @@ class StatusBoard:
             num_accepted=ledger.num_accepted,
             num_applied=ledger.position,
             detail=status.detail or self._progress,
+            graphs=self._graphs.read(),
         )
 
     def _change(self, **changes: object) -> None:

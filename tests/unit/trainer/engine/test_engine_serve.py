@@ -154,17 +154,15 @@ def test_the_fake_engine_process_starts_without_torch_and_exits_cleanly(open_mod
 
 
 def test_an_idle_engine_is_asked_again_when_what_it_keeps_expires(connect, open_model):
+    due, all_freed = [0.0, 0.0], threading.Event()
+
     class Keeping(SlotEngine):
-        due = [0.0, 0.0, None]
-        all_freed = threading.Event()
-
         def free_expired(self):
-            if len(self.due) == 1:
-                self.all_freed.set()
-                return None
-            return self.due.pop(0)
+            if due:
+                return due.pop()
+            all_freed.set()
+            return None
 
-    engine = Keeping(open_network)
-    front = connect(engine)
-    assert engine.all_freed.wait(10)
+    front = connect(Keeping(open_network))
+    assert all_freed.wait(10)
     assert isinstance(ask(front, open_model)[0], ModelOpened)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from typing import Any
 
 import msgspec
@@ -276,14 +277,13 @@ def _pass(given: _Input, *, forward_only: bool) -> Pass | RejectedPass:
 def _row(datum: _Datum, index: int) -> Row:
     _check_replays(datum.model_input, f"data[{index}].model_input")
     chunks = datum.model_input.chunks
-    text = [chunk.tokens for chunk in chunks if chunk.tokens is not None]
+    text = [token_bytes(chunk.tokens) for chunk in chunks if chunk.tokens is not None]
     foreign = [_foreign_type(chunk) for chunk in chunks if chunk.tokens is None]
-    tokens = [token for tokens in text for token in tokens]
     inputs = {
         name: _tensor(tensor, f"data[{index}].loss_fn_inputs.{name}")
         for name, tensor in datum.loss_fn_inputs.items()
     }
-    return Row(token_bytes(tokens), inputs, foreign)
+    return Row(b"".join(text), inputs, foreign)
 
 
 def _check_replays(given: _ModelInput, where: str) -> None:
@@ -303,12 +303,20 @@ def _foreign_type(chunk: _Chunk) -> str:
 
 
 def token_bytes(tokens: list[int]) -> bytes:
-    limits = np.iinfo(np.int32)
+    """Little-endian int32; what does not fit is far outside any vocabulary, and stays so."""
     try:
-        wide = np.array(tokens, dtype=np.int64)
+        return packed_numbers("i", tokens).astype("<i4", copy=False).tobytes()
     except OverflowError:
-        wide = np.array([max(min(t, limits.max), limits.min) for t in tokens], dtype=np.int64)
-    return np.clip(wide, limits.min, limits.max).astype("<i4").tobytes()
+        limits = np.iinfo(np.int32)
+        return np.array([max(min(t, limits.max), limits.min) for t in tokens], "<i4").tobytes()
+
+
+def packed_numbers(code: str, values: list[int] | list[int | float]) -> Array:
+    """`values` as an array of C numbers (`i`, `q`, `d`), at half the cost of `np.array`.
+
+    Raises OverflowError for an integer that does not fit, TypeError for a fraction in an integer code.
+    """
+    return np.frombuffer(array(code, values), dtype=code) if values else np.zeros(0, code)
 
 
 def _tensor(tensor: _Tensor, field: str) -> TensorValue:
@@ -324,13 +332,22 @@ def _tensor(tensor: _Tensor, field: str) -> TensorValue:
 def _flat(data: list[int | float], dtype: str, field: str) -> Array:
     kind = check_dtype(dtype, field)
     try:
-        values = np.array(data, dtype=np.float64 if kind == "float32" else None)
+        if kind == "float32":
+            with np.errstate(over="ignore"):
+                return packed_numbers("d", data).astype(kind)
+        return packed_numbers("q", data)
     except OverflowError as exc:
         raise InvalidArgument(f"{field} holds a number beyond {dtype}", field=field) from exc
-    if kind == "int64" and values.dtype.kind == "f" and not np.array_equal(values, values.round()):
+    except TypeError:
+        return _whole(data, field)
+
+
+def _whole(data: list[int | float], field: str) -> Array:
+    """Integers that were written as 3.0."""
+    values = np.array(data, dtype=np.float64)
+    if not np.array_equal(values, values.round()):
         raise InvalidArgument(f"{field} is int64 but holds fractions", field=field)
-    with np.errstate(over="ignore"):
-        return values.astype(kind)
+    return values.astype(np.int64)
 
 
 def check_dtype(dtype: str, field: str) -> str:
@@ -348,7 +365,7 @@ def tensor_value(values: Array, dtype: str, shape: tuple[int, ...], field: str) 
             hint="the product of shape must be the number of values",
             field=field,
         )
-    return TensorValue(dtype, shape, np.ascontiguousarray(values).astype(dtype).tobytes())
+    return TensorValue(dtype, shape, values.astype(dtype, copy=False).tobytes())
 
 
 def dense_from_csr(
@@ -408,25 +425,25 @@ class PassOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(array.data) for array in self.arrays.values())
+        return sum(len(packed.data) for packed in self.arrays.values())
 
     def rows(self) -> list[dict[str, Array]]:
-        columns = [array.rows() for array in self.arrays.values()]
+        columns = [packed.rows() for packed in self.arrays.values()]
         return [dict(zip(self.arrays, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def output_json(output: PassOutput) -> dict[str, Any]:
-    dtypes = {name: array.dtype for name, array in output.arrays.items()}
+    dtypes = {name: packed.dtype for name, packed in output.arrays.items()}
     return {
         "loss_fn_output_type": OUTPUT_TYPE,
         "loss_fn_outputs": [
-            {name: _tensor_json(array, dtypes[name]) for name, array in row.items()}
+            {name: _tensor_json(values, dtypes[name]) for name, values in row.items()}
             for row in output.rows()
         ],
         "metrics": output.metrics,
     }
 
 
-def _tensor_json(array: Array, dtype: str) -> dict[str, Any]:
+def _tensor_json(values: Array, dtype: str) -> dict[str, Any]:
     """`dtype` is the array's; asking numpy for its name takes longer than the rest."""
-    return {"data": array.ravel().tolist(), "dtype": dtype, "shape": list(array.shape)}
+    return {"data": values.ravel().tolist(), "dtype": dtype, "shape": list(values.shape)}

@@ -259,8 +259,7 @@ def _pack_targets(rows: Sequence[Row]) -> Array:
 def _pack_weights(rows: Sequence[Row], width: int) -> Array:
     """float32 [T, K]; absent weights are 1, padded targets have 0."""
     parts = [_as_matrix(_weights(row)) for row in rows]
-    stacked = _stack(parts)
-    return np.pad(stacked, ((0, 0), (0, width - stacked.shape[1]))).astype(np.float32, copy=False)
+    return _widened(_stack(parts), width).astype(np.float32, copy=False)
 
 
 def _weights(row: Row) -> Array:
@@ -274,7 +273,13 @@ def _as_matrix(array: Array) -> Array:
 
 def _stack(parts: Sequence[Array]) -> Array:
     width = max(part.shape[1] for part in parts)
-    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p in parts])
+    return np.concatenate([_widened(part, width) for part in parts])
+
+
+def _widened(part: Array, width: int) -> Array:
+    """Zeros behind the last column. `np.pad` costs more than all else here, so only where it must."""
+    missing = width - part.shape[1]
+    return np.pad(part, ((0, 0), (0, missing))) if missing else part
 
 
 def _concatenate(rows: Sequence[Row], values_of: Callable[[Row], Array]) -> Array:

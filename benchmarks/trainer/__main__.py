@@ -17,7 +17,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import adapters
+import client
+import custom_loss
+import memory
 import models
+import overhead
 import passes
 from report import REPOSITORY, Report
 from trainer import one_thread
@@ -60,6 +65,15 @@ def _sections(root: Path, *, quick: bool) -> dict[str, Callable[[Report], None]]
         "passes": lambda report: passes.measure(
             report, [tiny, small], root, rounds=rounds, shapes=shapes
         ),
+        "adapters": lambda report: adapters.measure(
+            report, small, root, rounds=rounds, shapes=["8x128"] if quick else ["8x128", "mixed"]
+        ),
+        "custom_loss": lambda report: custom_loss.measure(report, small, root, rounds=rounds),
+        "overhead": lambda report: overhead.measure(report, root, repeats=20 if quick else 50),
+        "client": lambda report: client.measure(
+            report, small, root, rounds=rounds, shapes=["8x128"] if quick else ["8x128", "mixed"]
+        ),
+        "memory": lambda report: memory.measure(report, small, root),
     }
 
 

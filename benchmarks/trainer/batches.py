@@ -7,6 +7,7 @@ import numpy as np
 from homefire.control.footprint import MICRO_BATCH_TOKENS
 from homefire.trainer.front.plan import micro_batches
 from homefire.wire.engine import Arrays, ExecutionPlan
+from homefire.wire.graphs import GraphUse
 
 SHAPES = {
     "8x128": [128] * 8,
@@ -28,7 +29,9 @@ def make_batch(lengths: list[int], vocab_size: int, seed: int = 0) -> Arrays:
     }
 
 
-def plan_of(arrays: Arrays, *, token_budget: int = TOKEN_BUDGET) -> ExecutionPlan:
+def plan_of(
+    arrays: Arrays, *, token_budget: int = TOKEN_BUDGET, graph: GraphUse = GraphUse.NONE
+) -> ExecutionPlan:
     """As the front cuts it."""
-    lengths = arrays["lengths"].tolist()
-    return ExecutionPlan(micro_batches=micro_batches(lengths, token_budget=token_budget), threads=1)
+    cut = micro_batches(arrays["lengths"].tolist(), token_budget=token_budget)
+    return ExecutionPlan(micro_batches=cut, threads=1, graph=graph)

@@ -22,7 +22,7 @@ class Model:
 
 
 def make_tiny(root: Path) -> Model:
-    return _described("tiny", ensure_tiny(root / "tiny"))
+    return described(ensure_tiny(root / "tiny"))
 
 
 def make_small(root: Path) -> Model:
@@ -51,12 +51,12 @@ def make_qwen3(directory: Path, **shape: int) -> Model:
         tiny = ensure_tiny(directory.parent / "tiny")
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (directory / file).write_bytes((tiny / file).read_bytes())
-    return _described(directory.name, directory)
+    return described(directory)
 
 
-def _described(name: str, directory: Path) -> Model:
+def described(directory: Path) -> Model:
     config = json.loads((directory / "config.json").read_text())
     with torch.device("meta"):
         module = Qwen3ForCausalLM(Qwen3Config.from_dict(config))
     count = sum(parameter.numel() for parameter in module.parameters())
-    return Model(name, directory, config["vocab_size"], count)
+    return Model(directory.name, directory, config["vocab_size"], count)

@@ -13,13 +13,16 @@ from homefire.wire.engine import (
     AdamParams,
     Arrays,
     DiscardGradients,
+    ExecutionPlan,
     Forward,
     ForwardBackward,
     LoraSpec,
     OpenModel,
     OpenSlot,
     OptimStep,
+    PackedForwardBackward,
     SlotKind,
+    by_member,
 )
 
 RANK = 32
@@ -53,22 +56,35 @@ class InProcess:
         self.engine.open_slot(OpenSlot(slot=f"lora{number}", kind=SlotKind.LORA, lora=spec))
         return f"lora{number}"
 
-    def forward(self, slot: str, batch: Arrays) -> Arrays:
-        plan = plan_of(batch)
-        request = Forward(slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
+    def forward(self, slot: str, batch: Arrays, plan: ExecutionPlan | None = None) -> Arrays:
+        request = Forward(
+            slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan or plan_of(batch)
+        )
         return self.engine.forward(request, batch)[1]
 
-    def forward_backward(self, slot: str, batch: Arrays) -> Arrays:
+    def forward_backward(
+        self, slot: str, batch: Arrays, plan: ExecutionPlan | None = None
+    ) -> Arrays:
         """Its gradient is thrown away, so that runs do not differ in what they add to."""
-        plan = plan_of(batch)
-        request = ForwardBackward(slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
-        reply = self.engine.forward_backward(request, batch)[1]
+        reply = self.engine.forward_backward(_request(slot, plan or plan_of(batch)), batch)[1]
         self.engine.discard_gradients(DiscardGradients(slot))
         return reply
+
+    def forward_backward_packed(self, members: list[tuple[str, Arrays]]) -> None:
+        """One pass over the rows of several slots."""
+        requests = [_request(slot, plan_of(batch)) for slot, batch in members]
+        arrays = by_member([batch for _, batch in members])
+        self.engine.forward_backward_packed(PackedForwardBackward(members=requests), arrays)
+        for slot, _ in members:
+            self.engine.discard_gradients(DiscardGradients(slot))
 
     def step(self, slot: str) -> None:
         """With rate 0 and no gradient: the arithmetic is the same, and the weights stay."""
         self.engine.optim_step(OptimStep(slot=slot, adam=AdamParams(learning_rate=0.0)))
+
+
+def _request(slot: str, plan: ExecutionPlan) -> ForwardBackward:
+    return ForwardBackward(slot=slot, loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
 
 
 def one_thread() -> None:

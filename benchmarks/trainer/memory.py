@@ -1,0 +1,89 @@
+"""Peak memory of a large batch, in a process of its own, beside what it is made of.
+
+Run as a script it measures; `measure` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from batches import SHAPES, TOKEN_BUDGET, make_batch
+from models import Model, described
+from report import Bar, Report
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainer import InProcess, one_thread
+
+MIB = 1 << 20
+SHAPE = "32x256"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees every result of an operation, in forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, torch.Tensor):
+                self.num_elements = max(self.num_elements, item.numel())
+        return result
+
+
+def measure(report: Report, model: Model, root: Path) -> None:
+    command = [sys.executable, __file__, str(model.directory), str(root)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    tokens = sum(SHAPES[SHAPE])
+    full_logits = 4 * tokens * model.vocab_size / MIB
+    report.note(
+        **{f"{model.name}_{SHAPE}_{name}": value for name, value in found.items()},
+        **{f"{model.name}_{SHAPE}_full_logits_would_be_mib": full_logits},
+    )
+    report.add(
+        Bar(
+            f"largest tensor / (tokens x vocabulary), {SHAPE}",
+            found["largest_tensor_mib"] / full_logits,
+            at_most=0.25,
+        )
+    )
+
+
+def _measure_here(model: Model, root: Path) -> dict[str, float]:
+    one_thread()
+    before = _peak_mib()
+    engine = InProcess(model, root)
+    slot = engine.open_full()
+    engine.step(slot)  # the moments' pages are touched
+    state = _peak_mib()
+    batch = make_batch(SHAPES[SHAPE], model.vocab_size)
+    engine.forward_backward(slot, batch)
+    peak = _peak_mib()
+    with LargestTensor() as seen:
+        engine.forward_backward(slot, batch)
+    parameters = 4 * model.num_parameters / MIB
+    return {
+        "imports_mib": before,
+        "weights_masters_and_moments_mib": 4 * parameters,
+        "after_a_step_mib": state - before,
+        "gradient_mib": parameters,
+        "micro_batch_tokens": TOKEN_BUDGET,
+        "peak_above_the_state_mib": peak - state,
+        "peak_mib": peak,
+        "largest_tensor_mib": 4 * seen.num_elements / MIB,
+    }
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_here(described(Path(sys.argv[1])), Path(sys.argv[2]))))

@@ -40,30 +40,43 @@ def ppo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.2, ratio_log_c
     return -surrogate(ratio(p, x, ratio_log_cap), x, low, high).sum()
 
 
-def cispo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.2):
+def cispo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.2, ratio_log_cap=torch.inf):
     low, high = thresholds(x, clip_low_threshold, clip_high_threshold)
-    return -(ratio(p, x).clamp(low, high).detach() * p * x["advantages"]).sum()
+    return -(ratio(p, x, ratio_log_cap).clamp(low, high).detach() * p * x["advantages"]).sum()
 
 
 def dro(p, x, rows, beta=0.05):
     return -(p * x["advantages"] - beta / 2 * (p - x["logprobs"]) ** 2).sum()
 
 
-def gspo(p, x, rows, clip_low_threshold=0.9, clip_high_threshold=1.3):
+def gspo(p, x, rows, clip_low_threshold=0.9, clip_high_threshold=1.3, seq_ratio_log_cap=torch.inf):
     loss = 0
+    low, high = thresholds(x, *column_like(p, clip_low_threshold, clip_high_threshold))
     mask = x.get("sequence_ratio_mask", x["advantages"])
     for row in rows:
         mine = {name: column[row] for name, column in x.items()}
         marked = mask[row] != 0
-        log_ratios = (p[row] - mine["logprobs"]).detach()[marked]
-        s = torch.exp(log_ratios.sum() / max(1, len(log_ratios)))
-        r = s * torch.exp(p[row] - p[row].detach())
-        loss = loss - surrogate(r, mine, clip_low_threshold, clip_high_threshold).sum()
+        log_ratios = torch.where(marked, (p[row] - mine["logprobs"]).detach(), 0.0)
+        # Summed by numpy, as ours: of differences like 1e30 and 1, the order decides what is left.
+        log_s = torch.tensor(log_ratios.numpy().sum()) / max(1, int(marked.sum()))
+        moves = log_s <= seq_ratio_log_cap
+        token = torch.exp(p[row] - p[row].detach()) if moves else 1 + 0 * p[row]
+        r = torch.exp(log_s.clamp(max=seq_ratio_log_cap)) * token
+        loss = loss - surrogate(r, mine, low[row], high[row]).sum()
     return loss
 
 
-def dapo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.28, eps_clip_c=torch.inf):
-    loss = -surrogate(ratio(p, x), x, clip_low_threshold, clip_high_threshold)
+def dapo(
+    p,
+    x,
+    rows,
+    clip_low_threshold=0.8,
+    clip_high_threshold=1.28,
+    eps_clip_c=torch.inf,
+    ratio_log_cap=torch.inf,
+):
+    low, high = thresholds(x, clip_low_threshold, clip_high_threshold)
+    loss = -surrogate(ratio(p, x, ratio_log_cap), x, low, high)
     capped = torch.minimum(
         loss, torch.where(x["advantages"] < 0, -eps_clip_c * x["advantages"], torch.inf)
     )
@@ -72,6 +85,10 @@ def dapo(p, x, rows, clip_low_threshold=0.8, clip_high_threshold=1.28, eps_clip_
 
 def thresholds(x, low, high):
     return x.get("clip_low_threshold", low), x.get("clip_high_threshold", high)
+
+
+def column_like(p, *values):
+    return [torch.full_like(p, value).detach() for value in values]
 
 
 CLIP = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.5}
@@ -87,10 +104,15 @@ CASES = [
     (ppo, CLIP, PER_TOKEN),
     (cispo, {}, ()),
     (cispo, CLIP, PER_TOKEN),
+    (cispo, {**CLIP, "ratio_log_cap": 3.0}, ()),
     (dro, {"beta": 0.05}, ()),
     (gspo, GSPO, ("sequence_ratio_mask",)),
     (gspo, GSPO, ()),
+    (gspo, {**GSPO, "seq_ratio_log_cap": 0.2}, ("sequence_ratio_mask",)),
+    (gspo, {}, (*PER_TOKEN, "sequence_ratio_mask")),
     (dapo, CLIP, ()),
+    (dapo, {**CLIP, "ratio_log_cap": 3.0}, ()),
+    (dapo, {}, PER_TOKEN),
     (dapo, {**CLIP, "eps_clip_c": 3.0}, ()),
 ]
 
@@ -142,6 +164,14 @@ def reference_of(reference, logprobs, batch, config):
 
 def test_every_loss_has_a_reference():
     assert {reference.__name__ for reference, _, _ in CASES} == LOSSES.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_key_of_a_config_and_every_input_has_a_case(name):
+    mine = [(config, inputs) for reference, config, inputs in CASES if reference.__name__ == name]
+    assert {key for config, _ in mine for key in config} == set(LOSSES[name].config)
+    optional = set(LOSSES[name].optional) - {"weights"}
+    assert {each for _, inputs in mine for each in inputs} == optional
 
 
 @pytest.mark.parametrize(("reference", "config", "per_token"), CASES)
@@ -205,18 +235,48 @@ def test_a_planted_mistake_in_the_reference_is_seen(reference, config, mistake):
     assert abs(ours - reference_of(reference, logprobs, batch, mistake)[0]) > 0.01
 
 
-@pytest.mark.parametrize("num_targets", [1, 3])
-def test_cross_entropy_sums_over_every_target_of_a_token(num_targets):
-    generator = np.random.default_rng(0)
+# Many targets of a token ------------------------------------------------------------------------
+
+WEIGHTS = st.one_of(
+    st.just(0.0),
+    st.sampled_from([1.0, -1.0, 1e30, -1e30, 1e-30]),
+    st.floats(-1e4, 1e4, width=32),
+)
+
+
+@st.composite
+def weighted_targets(draw):
+    """Logprobs and weights [T, K] of 1 to 3 rows; where a weight is 0, what it weighs is anything."""
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    shape = sum(lengths), draw(st.integers(1, 4))
+    size = shape[0] * shape[1]
+    weights = draw(st.lists(WEIGHTS, min_size=size, max_size=size))
+    values = st.sampled_from(EXTREME_LOGPROBS[:-1])
+    logprobs = [draw(values) if weight else draw(ANYTHING) for weight in weights]
+    return (
+        np.array(logprobs, np.float32).reshape(shape),
+        np.array(weights, np.float32).reshape(shape),
+        np.array(lengths, np.int32),
+    )
+
+
+ANYTHING = st.sampled_from([-1.0, -np.inf, np.nan])
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=weighted_targets())
+def test_cross_entropy_sums_over_every_target_with_any_real_weight(case):
+    logprobs, weights, lengths = case
     arrays = {
-        "tokens": np.zeros(5, np.int32),
-        "lengths": np.array([5], np.int32),
-        "target_tokens": np.zeros((5, num_targets), np.int64),
-        "weights": generator.standard_normal((5, num_targets)).astype(np.float32),
+        "tokens": np.zeros(len(weights), np.int32),
+        "lengths": lengths,
+        "target_tokens": np.zeros(weights.shape, np.int64),
+        "weights": weights,
     }
     batch = read_batch(arrays, vocab_size=2, max_context_length=8)
-    logprobs = -generator.random((5, num_targets)).astype(np.float32)
     terms = evaluate(loss_function("cross_entropy", {}), logprobs, batch)
-    value, gradient = reference_of(cross_entropy, logprobs, batch, {})
-    assert terms.value.sum() == pytest.approx(value, rel=1e-12)
+    counted = np.where(weights != 0, logprobs, np.float32(0))
+    value, gradient = reference_of(cross_entropy, counted, batch, {})
+    size = np.abs(terms.value).sum()
+    np.testing.assert_allclose(terms.value.sum(), value, rtol=0, atol=1e-12 * size)
     np.testing.assert_array_equal(terms.gradient, gradient)

@@ -136,9 +136,17 @@ def test_norms_of_a_step_are_those_of_its_gradient(engine, asked):
     master_norm = math.sqrt(
         sum(float(m.double().square().sum()) for m in weights._masters.values())
     )
+    before = {name: master.clone() for name, master in weights._masters.items()}
     metrics = engine.optim_step(OptimStep(slot="policy", adam=ADAM, norm_metrics=asked)).metrics
+    moved = {name: before[name].double() - m.double() for name, m in weights._masters.items()}
+    update_norm = math.sqrt(sum(float(m.square().sum()) for m in moved.values()))
+    rounded = [before[name].bfloat16() != m.bfloat16() for name, m in weights._masters.items()]
+    changed = sum(int(mask.sum()) for mask in rounded) / sum(mask.numel() for mask in rounded)
     assert metrics["grad_norm"] == pytest.approx(total)
-    assert 0 < metrics["changed_fraction"] <= 1
+    assert metrics["update_norm"] == pytest.approx(update_norm, rel=1e-4)
+    assert metrics["changed_fraction"] == pytest.approx(changed, rel=1e-12)
+    assert 0.1 < changed < 1
+    assert metrics["learning_rate"] == ADAM.learning_rate
     basic = {
         "grad_norm_clipped": pytest.approx(ADAM.grad_clip_norm, rel=1e-4),
         "grad_clip_scale": pytest.approx(ADAM.grad_clip_norm / total, rel=1e-4),

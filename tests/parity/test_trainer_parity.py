@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -141,25 +143,71 @@ def test_accumulated_gradients_equal_autograd_through_hugging_face(tiny_director
         torch.testing.assert_close(ours[name], gradient, atol=2e-5 * scale, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("kind", [SlotKind.FULL, SlotKind.LORA])
-def test_the_same_requests_give_the_same_bits_in_another_process(tiny_directory, tmp_path, kind):
-    here = train(open_engine(tiny_directory, tmp_path / "here", kind), 3)
-    script = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from test_trainer_parity import SlotKind, open_engine, train\n"
-        "engine = open_engine(Path(sys.argv[2]), Path(sys.argv[3]), SlotKind(sys.argv[4]))\n"
-        "print(train(engine, 3))\n"
-    )
-    folder = str(Path(__file__).parent)
-    arguments = [folder, str(tiny_directory), str(tmp_path / "there"), kind.value]
-    there = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert there.stdout.strip() == here
+OTHER_PLAN = ExecutionPlan(micro_batches=[[0, 1], [2], [3, 4]], threads=1)
+_IN_ANOTHER_PROCESS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_trainer_parity as parity
+directory, store = Path(sys.argv[2]), Path(sys.argv[3])
+print(json.dumps(parity.bits_of_runs(directory, store)))
+"""
+
+
+def bits_of_runs(directory: Path, store: Path) -> dict[str, str]:
+    """By kind of slot and plan, a digest of every bit that three steps computed."""
+    runs = {}
+    for kind in (SlotKind.FULL, SlotKind.LORA):
+        for plan in (PLAN, OTHER_PLAN):
+            name = f"{kind.value}, {len(plan.micro_batches)} micro-batches"
+            runs[name] = bits_of_run(open_engine(directory, store / name, kind), plan)
+    return runs
+
+
+def bits_of_run(engine, plan: ExecutionPlan) -> str:
+    digest = hashlib.sha256()
+    for step in range(3):
+        request = ForwardBackward(
+            slot="policy", loss_fn="cross_entropy", loss_fn_config={}, plan=plan
+        )
+        rows, arrays = engine.forward_backward(request, batch_of(step))
+        stepped = engine.optim_step(OptimStep(slot="policy", adam=AdamParams(learning_rate=1e-3)))
+        digest.update(arrays["logprobs"].tobytes())
+        digest.update(repr([rows.metrics, stepped.metrics]).encode())
+    files = engine._slots.get("policy").trainable().files()
+    for tensors in (files.masters, files.optimizer):
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].data.tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_directory, tmp_path_factory) -> list[dict[str, str]]:
+    """What two fresh processes computed, started with different hash seeds."""
+    running = []
+    for seed in ("1", "2"):
+        store = tmp_path_factory.mktemp("store")
+        arguments = [str(Path(__file__).parent), str(tiny_directory), str(store)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", _IN_ANOTHER_PROCESS, *arguments]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    return [json.loads(output) for output in outputs]
+
+
+def test_the_same_requests_and_plans_give_the_same_bits_in_every_process(two_processes):
+    """Logprobs, metrics, masters and moments; full parameter and LoRA."""
+    first, second = two_processes
+    assert first == second
+    assert len(first) == 4
+
+
+def test_another_plan_gives_other_bits(two_processes):
+    """Which is why the plan is journaled: the digest above would show a plan that is not obeyed."""
+    assert len(set(two_processes[0].values())) == 4
 
 
 def test_compute_weights_are_the_rounding_of_the_masters(tiny_directory, tmp_path):

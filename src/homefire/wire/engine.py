@@ -366,6 +366,9 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: int
     """Optimizer steps applied to this slot so far, this one included."""
     metrics: dict[str, float]
+    """The same bits again when the step is replayed."""
+    seconds: float = 0.0
+    """What this step took; another each time."""
 
 
 class GradientsDiscarded(msgspec.Struct, frozen=True, kw_only=True, tag=True):

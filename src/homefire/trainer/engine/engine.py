@@ -269,6 +269,7 @@ class SlotEngine:
         trained = slot.trainable()
         check_adam(request.adam)
         accumulated = slot.accumulated
+        started = self._clock.monotonic()
         try:
             norms = trained.step(
                 request.adam, accumulated.divisor(request.normalization), request.norm_metrics
@@ -287,6 +288,7 @@ class SlotEngine:
                 "num_sequences": float(accumulated.num_sequences),
                 "num_backward_calls": float(accumulated.num_backward_calls),
             },
+            seconds=self._clock.monotonic() - started,
         )
 
     def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded:

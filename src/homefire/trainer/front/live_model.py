@@ -25,7 +25,7 @@ from homefire.trainer.front.operations import (
     UnloadHandle,
 )
 from homefire.trainer.front.outcome import Fields, Outcome, failed
-from homefire.trainer.front.records import Body, Handle, PassResult, PlainResult
+from homefire.trainer.front.records import STEP_TIME, Body, Handle, PassResult, PlainResult
 from homefire.trainer.front.sessions import Request
 from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
 from homefire.trainer.front.slot_policy import SlotPolicy
@@ -165,8 +165,9 @@ class LiveModel:
         )
         stepped = await ask(self._engine, message, wire.Stepped)
         self._steps[handle.slot] = stepped.step
-        body: Body = {"metrics": stepped.metrics, "step": stepped.step}
-        return Outcome(PlainResult(body), event="optim_step", fields={"metrics": stepped.metrics})
+        metrics = {**stepped.metrics, STEP_TIME: stepped.seconds}
+        body: Body = {"metrics": metrics, "step": stepped.step}
+        return Outcome(PlainResult(body), event="optim_step", fields={"metrics": metrics})
 
     # Slots -----------------------------------------------------------------------------------
 

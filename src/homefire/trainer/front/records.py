@@ -166,6 +166,9 @@ class PassResult(msgspec.Struct, frozen=True, tag="pass"):
     output: PassOutput
 
 
+STEP_TIME = "step_time_s"
+"""The metric of an optimizer step that is another each time."""
+
 Body = dict[str, str | int | float | bool | dict[str, float] | None]
 
 
@@ -173,6 +176,17 @@ class PlainResult(msgspec.Struct, frozen=True, tag="plain"):
     """A result that is JSON on every wire."""
 
     body: Body
+
+    def is_repeated_by(self, again: Result) -> bool:
+        """In all but how long an optimizer step took."""
+        return isinstance(again, PlainResult) and self._without_time() == again._without_time()
+
+    def _without_time(self) -> Body:
+        metrics = self.body.get("metrics")
+        if not isinstance(metrics, dict):
+            return self.body
+        kept = {name: value for name, value in metrics.items() if name != STEP_TIME}
+        return {**self.body, "metrics": kept}
 
 
 class FailedResult(msgspec.Struct, frozen=True, tag="failed"):

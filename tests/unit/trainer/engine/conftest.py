@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from homefire.checkpoints import ensure_tiny
-from homefire.foundation.clock import ManualClock
+from homefire.foundation.clock import Clock, ManualClock
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.fake import open_network
 from homefire.wire.engine import (
@@ -133,10 +133,11 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_trainer(tmp_path: Path, tiny_directory: Path) -> Callable[..., Trainer]:
     """A fresh fake engine on this test's store; several share it."""
 
-    def make(job: str = "job-1") -> Trainer:
-        return Trainer(
-            tmp_path, tiny_directory, lambda: SlotEngine(open_network, clock=ManualClock()), job
-        )
+    def make(job: str = "job-1", clock: Clock | None = None) -> Trainer:
+        def engine() -> SlotEngine:
+            return SlotEngine(open_network, clock=clock or ManualClock())
+
+        return Trainer(tmp_path, tiny_directory, engine, job)
 
     return make
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from homefire.foundation.clock import ManualClock
 from homefire.trainer.engine.fake import fake_engine
 from homefire.wire.engine import (
     AdamParams,
@@ -82,6 +83,18 @@ def test_a_failed_backward_leaves_no_trace(make_trainer, make_batch):
         trainer.backward(bad)
     assert trainer.step() == undisturbed.step()
     assert trainer.digest() == undisturbed.digest()
+
+
+def test_a_step_says_how_long_it_took_beside_what_a_replay_repeats(make_trainer):
+    class Slow(ManualClock):
+        def monotonic(self) -> float:
+            self.advance(2.5)
+            return super().monotonic()
+
+    trainer = make_trainer(clock=Slow()).open()
+    stepped = trainer.step()
+    assert stepped.seconds == 2.5
+    assert 2.5 not in stepped.metrics.values()
 
 
 def test_a_step_without_a_gradient_still_moves_by_momentum_and_decay(make_trainer):

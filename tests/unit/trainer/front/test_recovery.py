@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from homefire.checkpoints import CheckpointFamily, CheckpointKey
 from homefire.foundation.clock import ManualClock
 from homefire.trainer.front.journal import segments
+from homefire.trainer.front.records import STEP_TIME, PlainResult
 from homefire.wire.engine import (
     AdoptSnapshot,
+    ExecutionPlan,
     Forward,
     ForwardBackward,
     LoadRecovery,
@@ -21,6 +24,7 @@ from homefire.wire.engine import (
 )
 from homefire.wire.errors import Unavailable
 from homefire.wire.internal import TrainerState
+from unit.trainer.front.conftest import Orders
 
 
 @pytest.fixture
@@ -77,6 +81,35 @@ async def test_a_front_that_is_killed_goes_on_with_the_same_client(
         await client.call("save_weights_for_sampler", model, 15, path="b", checkpoint_type="delta")
         assert await client.digest() == undisturbed
         assert (await client.status()).error is None
+
+
+async def test_a_replay_obeys_the_plan_that_was_journaled(start_front, orders, datum) -> None:
+    """Whatever a front would plan for the same rows today: the bits depend on it."""
+
+    def plans(seen: list[Any]) -> list[ExecutionPlan]:
+        return [request.plan for request in seen if isinstance(request, ForwardBackward)]
+
+    rows = [datum([1, 2, 3]), datum([4, 5, 6, 7]), datum([8, 9])]
+    later = Orders()
+    async with start_front(orders=orders, micro_batch_tokens=4, crash=True) as client:
+        model = await client.model()
+        await client.forward_backward(model, 1, data=rows)
+        await client.result(await client.optim_step(model, 2))
+    async with start_front(orders=later, micro_batch_tokens=99, threads=2) as client:
+        await client.result(await client.forward_backward(model, 3, data=rows))
+    journaled = ExecutionPlan(micro_batches=[[1], [0, 2]], threads=1)
+    todays = ExecutionPlan(micro_batches=[[1, 0, 2]], threads=2)
+    assert plans(orders.seen) == [journaled]
+    assert plans(later.seen) == [journaled, todays]
+
+
+def test_a_replayed_step_may_take_longer_and_nothing_else() -> None:
+    def stepped(norm: float, seconds: float) -> PlainResult:
+        return PlainResult({"metrics": {"grad_norm": norm, STEP_TIME: seconds}, "step": 3})
+
+    assert stepped(1.5, 0.1).is_repeated_by(stepped(1.5, 0.7))
+    assert not stepped(1.5, 0.1).is_repeated_by(stepped(1.5000001, 0.1))
+    assert not stepped(1.5, 0.1).is_repeated_by(PlainResult({"step": 3}))
 
 
 async def test_what_failed_and_what_it_cleared_is_the_same_after_a_replay(

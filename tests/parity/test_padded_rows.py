@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from homefire.inference.engine.embedded import EmbeddedNetwork
 from homefire.model import padded
 from homefire.model.attention import ATTENTION
 from homefire.model.layout import RowLayout
@@ -34,7 +33,6 @@ from homefire.wire.engine import (
     OptimStep,
     SlotKind,
 )
-from homefire.wire.errors import Unsupported
 from parity.random_decoders import HYBRID, VOCABULARY, load, random_decoder, saved
 
 torch.set_num_threads(1)
@@ -170,12 +168,6 @@ def test_rows_of_very_different_lengths_do_not_share_a_batch():
 def test_adapters_of_several_slots_do_not_share_a_pass(hybrid):
     """Their segments are of packed tokens, which padded rows are not."""
     assert not reaches_segments(hybrid, new_adapter(hybrid, rank=2))
-
-
-def test_a_deployment_refuses_such_a_model_by_name(tmp_path):
-    directory = saved(random_decoder("lfm2"), tmp_path / "model")
-    with pytest.raises(Unsupported, match=r"'lfm2' can be trained but not served"):
-        EmbeddedNetwork(directory, max_running=2, max_context_length=64, threads=1)
 
 
 # Through the trainer's engine -----------------------------------------------------------------

@@ -5,17 +5,19 @@ Rows are a few tokens long, and windows are narrowed meanwhile so that they bite
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from homefire.model.attention import ATTENTION
 from homefire.model.packed import packed_hidden, packed_logprobs
+from homefire.model.recurrent import RecurrentStates, cache_argument, decoded_hidden, text_hidden
+from homefire.model.slots import SlotCache
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _LENGTHS = (12, 14, 11)
 """Near enough to one another to share a batch where rows are padded, and longer than `_WINDOW`."""
 _WINDOW = 4
+_NUM_DECODED = 4
 _WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
 
 
@@ -44,6 +47,43 @@ def measure(model: LoadedModel) -> Measured:
         ours, own = torch.cat(_packed(model, rows)), torch.cat(_own(model, rows))
         leak = _leak(model, rows)
     return Measured(leak=leak, error=float((ours - own).abs().max()))
+
+
+@torch.no_grad()
+def decoding_error(model: LoadedModel) -> float:
+    """How far texts that are decoded beside each other are from the model's own decoding of each alone,
+    with its own attention and cache, in nats. For padded layouts. Leaves the model as it was."""
+    rows = _rows(model)
+    with _narrow_windows(model.module):
+        ours, own = _decoded(model, rows), _with_own_attention(model, _own_decoded, rows)
+    return max(float((one - other).abs().max()) for one, other in zip(ours, own, strict=True))
+
+
+def _decoded(model: LoadedModel, rows: list[Tensor]) -> list[Tensor]:
+    slots = SlotCache(max_slots=len(rows), max_length=max(_LENGTHS), device=model.device)
+    states = RecurrentStates(model.config, max_slots=len(rows))
+    hidden = [
+        text_hidden(model, slots, states, row[:-_NUM_DECODED], [slot])
+        for slot, row in enumerate(rows)
+    ]
+    for step in range(-_NUM_DECODED, 0):
+        one_each = torch.stack([row[step] for row in rows])
+        for slot, state in enumerate(decoded_hidden(model, slots, states, one_each)):
+            hidden[slot] = torch.cat([hidden[slot], state[None]])
+    head = model.logits_head
+    return [_logprobs(head.logits(states), row) for states, row in zip(hidden, rows, strict=True)]
+
+
+def _own_decoded(model: LoadedModel, row: Tensor) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    named = {cache_argument(model.module): cache}
+    positions = torch.arange(len(row), device=row.device)
+    cuts = [len(row) - _NUM_DECODED, *[1] * _NUM_DECODED]
+    logits = [
+        model.module(input_ids=part[None], position_ids=at[None], use_cache=True, **named).logits[0]
+        for part, at in zip(row.split(cuts), positions.split(cuts), strict=True)
+    ]
+    return _logprobs(torch.cat(logits), row)
 
 
 def _rows(model: LoadedModel) -> list[Tensor]:
@@ -91,12 +131,23 @@ def _leak(model: LoadedModel, rows: list[Tensor]) -> float:
 
 def _own(model: LoadedModel, rows: list[Tensor]) -> list[Tensor]:
     """The model's own causal forward, one row at a time, with its own attention and head."""
+    return _with_own_attention(model, _own_forward, rows)
+
+
+def _own_forward(model: LoadedModel, row: Tensor) -> Tensor:
+    return _logprobs(model.module(input_ids=row[None], use_cache=False).logits[0], row)
+
+
+def _with_own_attention(
+    model: LoadedModel, run: Callable[[LoadedModel, Tensor], Tensor], rows: list[Tensor]
+) -> list[Tensor]:
     model.module.set_attn_implementation("eager")
     try:
-        logits = [model.module(input_ids=row[None], use_cache=False).logits[0] for row in rows]
+        return [run(model, row) for row in rows]
     finally:
         model.module.set_attn_implementation(ATTENTION)
-    return [
-        value[:-1].float().log_softmax(-1).gather(-1, row[1:, None])[:, 0]
-        for value, row in zip(logits, rows, strict=True)
-    ]
+
+
+def _logprobs(logits: Tensor, row: Tensor) -> Tensor:
+    """Of the row's own tokens, under logits [T, V]."""
+    return logits[:-1].float().log_softmax(-1).gather(-1, row[1:, None])[:, 0]

@@ -77,6 +77,25 @@ def in_exact_layout(model: LoadedModel) -> LoadedModel:
     return padded
 
 
+def refuse_inexact_decoding(model: LoadedModel) -> None:
+    """Of a model in padded layout: whether the state between its tokens can be joined and split by slot."""
+    try:
+        error = probe.decoding_error(model)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as exc:
+        raise _unserved(model, f"its state is not in transformers' own cache ({exc})") from exc
+    if not error <= _ERROR_TOLERANCE:
+        raise _unserved(
+            model, f"texts decoded beside each other differ from each alone by {error:.1e} nats"
+        )
+
+
+def _unserved(model: LoadedModel, reason: str) -> Unsupported:
+    return Unsupported(
+        f"models of type {model.architecture!r} can be trained but not served here: {reason}",
+        hint="export the snapshot and serve it with another engine",
+    )
+
+
 def _measured(model: LoadedModel) -> probe.Measured:
     try:
         return probe.measure(model)

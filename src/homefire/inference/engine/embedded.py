@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from homefire.inference.engine.adapted_layers import AdaptedLayers, Segments, segments
 from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow, PromptScore
+from homefire.inference.engine.passes import open_passes
 from homefire.inference.engine.prompt_scoring import score_prompt
 from homefire.inference.engine.protocol import ServedWeights, WeightSet
 from homefire.inference.engine.sampler import sample
 from homefire.inference.engine.sampling_plan import NO_DRAWS, Draws, SamplingPlan, Uniforms
 from homefire.model import lora
-from homefire.model.attention import AttentionContext, attending
-from homefire.model.kv_blocks import BLOCK_TOKENS, Prefix
-from homefire.model.layout import RowLayout
+from homefire.model.kv_blocks import BLOCK_TOKENS
 from homefire.model.loading import LoadedModel, load_model
-from homefire.model.slots import SlotCache
 from homefire.model.tensors import (
     from_raw,
     load_serving_tensors,
@@ -31,7 +29,7 @@ from homefire.model.tensors import (
     raw,
     serving_tensors,
 )
-from homefire.wire.errors import InvalidArgument, Unsupported
+from homefire.wire.errors import InvalidArgument
 from homefire.wire.manifest import CheckpointKind, whole_digest
 from homefire.wire.tensors import RawTensor, digest_tensors
 
@@ -52,24 +50,21 @@ class EmbeddedNetwork:
         torch.set_num_threads(threads)
         self._directory = directory
         self._model = load_model(directory)
-        _refuse_state_between_tokens(self._model)
         self._max_context_length = min(max_context_length, self._model.max_context_length)
-        self._cache = SlotCache(
-            max_slots=max_running,
-            max_length=self._max_context_length,
-            device=self._model.device,
-        )
         self._is_base = True
         """The module holds the base model's weights, with or without an adapter on them."""
         self._installed: lora.LoraAdapter | None = None
         """The adapter of rows that name none."""
         self._resident: dict[ServedWeights, lora.LoraAdapter] = {}
         self._layers = AdaptedLayers(self._model)
+        self._passes = open_passes(
+            self._model, self._layers, max_slots=max_running, max_length=self._max_context_length
+        )
         self._decoding: tuple[Sequence[Adapter], Segments] = ((), ())
         """The running batch and its segments, kept while the batch stays the same."""
         _store_by_column(self._model)
         self._head = _Head(self._model)
-        self._num_blocks = max_prefix_bytes // (BLOCK_TOKENS * self._token_bytes())
+        self._num_blocks = self._find_num_blocks(max_prefix_bytes)
 
     @property
     def block_tokens(self) -> int:
@@ -92,13 +87,8 @@ class EmbeddedNetwork:
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
         lengths = [row.num_computed for row in rows]
-        tokens = torch.tensor([token for row in rows for token in row.tokens[row.start :]])
-        positions = torch.cat([torch.arange(row.start, len(row.tokens)) for row in rows])
-        prefixes = [Prefix(row.start, row.held, row.kept) for row in rows]
-        context = self._cache.prefilling(lengths, [row.slots for row in rows], prefixes)
         adapters = [self._adapter(row.adapter) for row in rows]
-        self._layers.route(segments(adapters, lengths))
-        hidden_TH = self._hidden(tokens, positions, context)
+        hidden_TH = self._passes.prefill(rows, adapters)
         self._decoding = ((), ())
         last = torch.tensor(lengths).cumsum(0) - 1
         row_by_slot = _row_by_slot(rows)
@@ -122,20 +112,19 @@ class EmbeddedNetwork:
         uniforms: Uniforms,
         adapters: Sequence[Adapter],
     ) -> Draws:
-        context = self._cache.decoding(len(tokens))
         if self._decoding[0] is not adapters:
             self._decoding = (adapters, segments([self._adapter(key) for key in adapters]))
             self._layers.route(self._decoding[1])
-        hidden_BH = self._hidden(torch.tensor(tokens), context.positions, context)
+        hidden_BH = self._passes.decode(tokens)
         return sample(self._logits(hidden_BH, self._decoding[1]), plan, uniforms)
 
     @torch.inference_mode()
     def move(self, *, source: int, destination: int) -> None:
-        self._cache.move(source=source, destination=destination)
+        self._passes.move(source=source, destination=destination)
 
     @torch.inference_mode()
     def keep(self, slot: int, *, first: int, blocks: Sequence[int]) -> None:
-        self._cache.keep(slot, first, blocks)
+        self._passes.keep(slot, first=first, blocks=blocks)
 
     def install(self, weights: WeightSet) -> str:
         if weights.kind is CheckpointKind.LORA:
@@ -179,25 +168,11 @@ class EmbeddedNetwork:
         return adapter
 
     @torch.inference_mode()
-    def _token_bytes(self) -> int:
-        """Found by running one token."""
-        one = torch.zeros(1, dtype=torch.int64)
-        self._hidden(one, one, self._cache.prefilling([1], [[0]]))
-        return self._cache.token_bytes
+    def _find_num_blocks(self, max_bytes: int) -> int:
+        return self._passes.num_blocks(max_bytes)
 
     def _adapter(self, key: Adapter) -> lora.LoraAdapter | None:
         return self._installed if key is None else self._resident[key]
-
-    def _hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """tokens, positions int64 [T] -> [T, H]"""
-        device = self._model.device
-        with attending(context):
-            output = self._model.backbone(
-                input_ids=tokens[None].to(device),
-                position_ids=positions[None].to(device),
-                use_cache=False,
-            )
-        return output.last_hidden_state[0]
 
     def _logits(self, hidden_TH: Tensor, routed: Segments) -> Tensor:
         return self._head(
@@ -214,16 +189,6 @@ class EmbeddedNetwork:
             return self._logits(hidden, segments([adapter], [len(hidden)]))
 
         return logits
-
-
-def _refuse_state_between_tokens(model: LoadedModel) -> None:
-    """Slots hold keys and values only."""
-    if model.layout is not RowLayout.PACKED:
-        raise Unsupported(
-            f"models of type {model.architecture!r} can be trained but not served here yet: their layers"
-            " carry state between tokens",
-            hint="export the snapshot and serve it with another engine",
-        )
 
 
 class _Head:

@@ -246,6 +246,13 @@ class ControlPlane:
         await self.observations.close()
         await self.database.close()
 
+    async def has_looked(self, *, within_s: float) -> bool:
+        """Whether the routing table is that of the rows yet: from the first pass on."""
+        passes = self.reconciler.passes
+        if not passes.get():
+            await passes.wait_beyond(after=passes.version, timeout_s=within_s)
+        return passes.get() > 0
+
     async def held_job(self, account: str, job_id: str) -> JobRow:
         """The job; while it is in transition the answer waits."""
         return await self.holder.hold(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from homefire.foundation.home import Home
+from homefire.quickstart.chaos import Chaos, schedule, verify_replay
 from homefire.quickstart.server import Address, own_server
 from homefire.quickstart.settings import BUILT_IN_MODEL, QuickstartSettings
 from homefire.quickstart.story import Story
@@ -36,6 +37,7 @@ for it, and stops everything again.
 _EPILOG = """\
 examples:
   homefire quickstart
+  homefire quickstart --chaos                               (kills everything on the way)
   homefire quickstart --seed 3 --out /tmp/run
   homefire quickstart --base-model Qwen/Qwen3-0.6B
   homefire quickstart --base-url http://127.0.0.1:8700      (a running `homefire up`)
@@ -76,17 +78,32 @@ def _lifecycle(
     arguments: argparse.Namespace, settings: QuickstartSettings, folder: Path, story: Story
 ) -> Results:
     named = _named_server(arguments)
+    if named is not None and arguments.chaos:
+        raise InvalidArgument(
+            "--chaos kills processes, so it only runs on a homefire of its own",
+            hint="leave out --base-url and unset FIREWORKS_BASE_URL",
+            field="chaos",
+        )
     if named is not None:
         story.say(f"on the homefire at {named.base_url}")
         return _lifecycle_at(named, settings, folder, story)
     log = folder / SERVER_LOG
     story.say(f"starting a homefire of its own (log: {log})")
     roots = [Path(settings.base_model).parent] if Path(settings.base_model).is_dir() else []
-    with own_server(arguments.home, log, model_roots=roots) as server:
+    with own_server(
+        arguments.home, log, model_roots=roots, keep_journals=arguments.chaos
+    ) as server:
         # Importing the SDK and torch takes as long as the start of the server: both at once.
         import homefire.quickstart.lifecycle  # noqa: F401
 
-        return _lifecycle_at(server.wait_ready(), settings, folder, story)
+        address = server.wait_ready()
+        if not arguments.chaos:
+            return _lifecycle_at(address, settings, folder, story)
+        with Chaos(server.home, schedule(settings), story) as chaos:
+            results = _lifecycle_at(address, settings, folder, story)
+        story.say(f"chaos: {len(chaos.killed)} processes were killed; the loop noticed none of it")
+        story.say(verify_replay(server.home, chaos.job))
+        return results
 
 
 def _lifecycle_at(
@@ -171,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         "--base-url",
         metavar="URL",
         help="use this homefire (default: $FIREWORKS_BASE_URL, else its own)",
+    )
+    add(
+        "--chaos",
+        action="store_true",
+        help="kill every process at least once meanwhile, and in the end replay the job from step 0"
+        " and compare",
     )
     add("--shuffle-rewards", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -36,7 +36,7 @@ class OwnServer:
     stop it in order. What it prints goes to `log`."""
 
     def __init__(self, command: Sequence[str], home: Path, log: Path) -> None:
-        self._home = home
+        self.home = Home(home)
         self._log = log
         self._lines: list[str] = []
         self._settled = threading.Event()
@@ -59,7 +59,7 @@ class OwnServer:
         if not ready:
             tail = "\n".join(self._lines[-_TAIL_LINES:])
             raise Unavailable(f"homefire did not start:\n{tail}", hint=f"see {self._log}")
-        return Address(ready[-1].removeprefix(READY).strip(), Home(self._home).api_key())
+        return Address(ready[-1].removeprefix(READY).strip(), self.home.api_key())
 
     def stop(self) -> int:
         """Asks it to stop, and insists after a while; its exit status."""
@@ -89,11 +89,16 @@ class OwnServer:
 
 @contextmanager
 def own_server(
-    home: Path | None, log: Path, *, model_roots: Sequence[Path] = ()
+    home: Path | None,
+    log: Path,
+    *,
+    model_roots: Sequence[Path] = (),
+    keep_journals: bool = False,
 ) -> Iterator[OwnServer]:
     """Starts it at once; without `home` it lives in a temporary one."""
     with _home_or_temporary(home) as directory:
-        server = OwnServer(_command(directory, model_roots), directory, log)
+        options = ["--keep-journals"] if keep_journals else []
+        server = OwnServer([*_command(directory, model_roots), *options], directory, log)
         try:
             yield server
         finally:

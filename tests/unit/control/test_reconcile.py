@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from homefire.control.reconcile import Reconciler
+from homefire.control.routes import internal
 from homefire.control.supervision import CRASH_LIMIT
 from homefire.foundation.home import Home
 from homefire.launch import ProcessRecord
@@ -425,6 +427,30 @@ async def test_the_routing_table_is_on_disk_for_the_owner_only_and_knows_the_hom
     assert table.trainers["local/j1"].upstream is not None
     digest = hashlib.sha256(bench.home.api_key().encode()).hexdigest()
     assert [(key.sha256, key.account) for key in table.keys] == [(digest, "local")]
+
+
+async def test_a_control_plane_that_restarts_gives_no_table_before_it_has_looked(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that restarts beside it would take an empty one for the truth."""
+    first = await bench.control()
+    await first.create_job()
+    await first.close()
+    may_look, reconcile = asyncio.Event(), Reconciler.reconcile
+
+    async def look_later(self: Reconciler) -> float | None:
+        await may_look.wait()
+        return await reconcile(self)
+
+    monkeypatch.setattr(Reconciler, "reconcile", look_later)
+    monkeypatch.setattr(internal, "FIRST_TABLE_WAIT_S", 0.0)
+    again = await bench.control()
+    assert (await again.call("GET", "/internal/routes", expect=503))["error"][
+        "code"
+    ] == "unavailable"
+    monkeypatch.setattr(internal, "FIRST_TABLE_WAIT_S", 20.0)
+    may_look.set()
+    assert "local/j1" in (await again.call("GET", "/internal/routes"))["trainers"]
 
 
 async def test_a_watcher_of_the_table_is_woken_by_its_next_change(control: Any) -> None:

@@ -87,3 +87,12 @@ def test_ctrl_c_ends_with_the_status_of_an_interrupt(lifecycle, monkeypatch, cap
     assert main(["--base-url", "http://127.0.0.1:9"]) == 130
 
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_chaos_only_kills_a_homefire_of_its_own(lifecycle, monkeypatch, capsys):
+    monkeypatch.setenv("FIREWORKS_API_KEY", "tml-secret")
+
+    assert main(["--chaos", "--base-url", "http://127.0.0.1:9"]) == 1
+
+    assert "leave out --base-url" in capsys.readouterr().err
+    assert lifecycle == {}

@@ -10,7 +10,7 @@ from homefire.control.paging import integer
 from homefire.control.plane import ControlPlane
 from homefire.foundation.process import this_process
 from homefire.http.bodies import json_response, read_json
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import InvalidArgument, Unavailable
 from homefire.wire.internal import (
     NewRun,
     RouteTable,
@@ -22,6 +22,8 @@ from homefire.wire.internal import (
 )
 
 LONGEST_WAIT_S = 25.0
+FIRST_TABLE_WAIT_S = 1.5
+"""Below the gateway's own patience (`_REFRESH_TIMEOUT_S`)."""
 
 
 async def health(plane: ControlPlane, request: Request) -> Response:
@@ -29,7 +31,13 @@ async def health(plane: ControlPlane, request: Request) -> Response:
 
 
 async def routes(plane: ControlPlane, request: Request) -> Response:
-    """The table as soon as its version is not `after`, else after `wait_s`."""
+    """The table as soon as its version is not `after`, else after `wait_s`.
+
+    Unavailable until the first look at the rows: an empty table would make the gateway deny, to
+    clients that wait, jobs that exist.
+    """
+    if not await plane.has_looked(within_s=FIRST_TABLE_WAIT_S):
+        raise Unavailable("control is starting", hint="ask again")
     query = request.query_params
     after = integer(query, "after", default=-1)
     wait_s = 0.0 if plane.stopping else _seconds(query.get("wait_s"))

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.timeout(900)
 def test_the_quickstart_survives_the_death_of_everything(tmp_path):
     words = ["quickstart", "--chaos", "--supervised-steps", "60", "--steps", "4"]
     run = subprocess.run(

@@ -126,6 +126,40 @@ def test_a_seed_reproduces_choices_that_differ(findings):
     assert len({tuple(tokens) for tokens in first}) == 4
 
 
+@cell("penalties")
+def test_penalties_are_those_of_openai_s_formula(findings, speaker):
+    """Each drawn token's logit loses 1.5, and 0.75 for each time it was drawn."""
+
+    def penalised(prompt: list[int]) -> list[int]:
+        drawn: list[int] = []
+        for _ in range(12):
+            row = speaker.distributions([*prompt, *drawn])[-1].clone()
+            for token in set(drawn):
+                row[token] -= 1.5 + 0.75 * drawn.count(token)
+            drawn.append(int(row.argmax()))
+        return drawn
+
+    found = findings["penalised"]
+    assert found["completion"] == penalised(PROMPT) != speaker.greedy(PROMPT, 12)
+    assert found["chat"] == penalised(found["chat_prompt"])
+
+
+@cell("penalties")
+@pytest.mark.parametrize(
+    ("step", "param"), [("penalty", "frequency_penalty"), ("logit_bias", "logit_bias")]
+)
+def test_a_penalty_or_bias_out_of_range_is_refused_by_its_name(findings, step, param):
+    failure = findings["failures"][step]
+    assert (failure["status"], failure["param"]) == (400, param)
+
+
+@cell("logit_bias")
+def test_a_bias_bans_a_token_or_leaves_only_it(findings):
+    found = findings["biased"]
+    assert not set(found["without"]) & set(found["plain"])
+    assert found["only"] == [90] * 8
+
+
 @cell("completions.create: stream")
 def test_a_stream_is_the_whole_answer_in_parts(findings, speaker):
     found = findings["streamed"]
@@ -258,10 +292,6 @@ def test_an_unknown_model_is_no_404_where_fireworks_clients_would_wait(findings)
         pytest.param(
             "image", "messages[0].content[0]", marks=cell("images", "refused: unsupported")
         ),
-        pytest.param(
-            "penalty", "frequency_penalty", marks=cell("penalties", "refused: unsupported")
-        ),
-        pytest.param("logit_bias", "logit_bias", marks=cell("logit_bias", "refused: unsupported")),
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_name(findings, step, param):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.inference.engine import fake
+from homefire.inference.engine.adjustments import AdjustedTokens, adjustments_of
 from homefire.inference.engine.protocol import Sampling
 from homefire.inference.engine.sampler import inverse_cdf, sample, sampling_logprobs
 from homefire.inference.engine.sampling_plan import SamplingPlan
@@ -41,10 +42,68 @@ samplings = st.builds(
 def test_the_sampled_distribution_is_the_reference_s(chosen: list[Sampling], seed: int) -> None:
     logits = logits_of(seed, len(chosen))
     plan = SamplingPlan.of(chosen, [0] * len(chosen))
-    ours = sampling_logprobs(logits.log_softmax(-1), plan).double().exp().numpy()
+    ours = sampling_logprobs(logits, plan).double().exp().numpy()
     for row, sampling in enumerate(chosen):
         reference = np.exp(fake.sampling_logprobs(logits[row].double().numpy(), sampling))
         np.testing.assert_allclose(ours[row], reference, atol=1e-6)
+
+
+penalised = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 3]),
+    presence_penalty=st.sampled_from([0.0, -1.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 0.8, 1.3]),
+    logit_bias=st.dictionaries(st.integers(0, 9), st.sampled_from([-100.0, -1.0, 2.0])).map(
+        lambda biases: tuple(biases.items())
+    ),
+)
+texts = st.lists(st.integers(0, 9), max_size=12)
+
+
+def adjusted_by_hand(
+    logits: torch.Tensor, sampling: Sampling, prompt: list[int], drawn: list[int]
+) -> np.ndarray:
+    """The definition, token by token: bias, repetition, then frequency and presence."""
+    adjusted = logits.double().numpy().copy()
+    for token in range(VOCABULARY):
+        adjusted[token] += dict(sampling.logit_bias).get(token, 0.0)
+        if token in prompt or token in drawn:
+            is_positive = adjusted[token] > 0
+            adjusted[token] *= sampling.repetition_penalty ** (-1 if is_positive else 1)
+        adjusted[token] -= sampling.frequency_penalty * drawn.count(token)
+        adjusted[token] -= sampling.presence_penalty * (token in drawn)
+    return adjusted
+
+
+@given(
+    rows=st.lists(st.tuples(penalised, texts, texts), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_penalties_and_biases_are_their_definition(
+    rows: list[tuple[Sampling, list[int], list[int]]], seed: int
+) -> None:
+    logits = logits_of(seed, len(rows))
+    kept = logits.clone()
+    changed: list[AdjustedTokens | None] = []
+    for sampling, prompt, drawn in rows:
+        changed.append(AdjustedTokens(sampling, prompt) if sampling.adjusts else None)
+        for token in drawn if sampling.adjusts else ():
+            changed[-1].draw(token)
+    plan = SamplingPlan.of([sampling for sampling, _, _ in rows], [0] * len(rows))
+    plan = plan.adjusted(adjustments_of(changed))
+    ours = sampling_logprobs(logits, plan).double().exp().numpy()
+    for row, (sampling, prompt, drawn) in enumerate(rows):
+        by_hand = adjusted_by_hand(logits[row], sampling, prompt, drawn)
+        fakes = fake.adjusted(logits[row].double().numpy(), plan.adjustments, row)
+        np.testing.assert_allclose(fakes, by_hand, atol=1e-5)
+        reference = np.exp(fake.sampling_logprobs(by_hand, sampling))
+        np.testing.assert_allclose(ours[row], reference, atol=2e-6)
+    draws = sample(logits, plan, np.full(len(rows), 0.5))
+    raw = logits.log_softmax(-1)[torch.arange(len(rows)), torch.tensor(draws.tokens)]
+    assert draws.logprobs == pytest.approx(raw.tolist(), abs=1e-6)
+    assert torch.equal(logits, kept)
 
 
 @given(chosen=samplings, seed=st.integers(0, 1000), uniform=st.floats(0, 1, exclude_max=True))

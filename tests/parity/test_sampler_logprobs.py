@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from homefire.inference.engine.protocol import (
     Prefilled,
@@ -124,6 +125,45 @@ def test_a_seeded_draw_is_the_same_alone_and_in_company(model_directory: Path) -
         return tokens_of(recorder)
 
     assert draw(0) == draw(1) == draw(6)
+
+
+def test_a_seeded_draw_with_penalties_is_the_same_alone_and_in_company(
+    model_directory: Path,
+) -> None:
+    sampling = Sampling(
+        top_p=0.9, presence_penalty=0.5, repetition_penalty=1.2, logit_bias=((3, 2.0), (4, -100.0))
+    )
+
+    def draw(company: int) -> list[int]:
+        bench = open_bench(model_directory, max_running=4, prefill_tokens=16)
+        for i in range(company):
+            bench.submit(SequenceRequest(prompt(3 + 9 * i, i), 4 + 3 * i, seed=i))
+        _, recorder = bench.submit(SequenceRequest(prompt(40, 99), 40, sampling=sampling, seed=5))
+        bench.run()
+        return tokens_of(recorder)
+
+    alone = draw(0)
+    assert alone == draw(1) == draw(6)
+    assert 4 not in alone
+
+
+def test_repetition_penalty_is_transformers_own(model_directory: Path) -> None:
+    bench, logprobs = open_bench(model_directory), reference(model_directory)
+    penalty = RepetitionPenaltyLogitsProcessor(1.4)
+    request = SequenceRequest(
+        prompt(21, 4), 12, sampling=Sampling(temperature=0.0, repetition_penalty=1.4)
+    )
+    _, recorder = bench.submit(request)
+    bench.run()
+    module = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32).eval()
+    text = list(request.prompt)
+    for _ in range(12):
+        tokens = torch.tensor([text])
+        with torch.inference_mode():
+            logits = module(input_ids=tokens).logits[:, -1]
+        text.append(int(penalty(tokens, logits).argmax()))
+    assert tokens_of(recorder) == text[21:]
+    assert worst(logprobs, request, recorder) < TOLERANCE
 
 
 # weights -------------------------------------------------------------------------------------

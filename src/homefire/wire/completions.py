@@ -48,6 +48,13 @@ class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     """0 and -1 mean no truncation."""
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    """Both over the tokens generated so far."""
+    repetition_penalty: float | None = None
+    """Over the prompt too. Null and 1 are off."""
+    logit_bias: dict[str, float] | None = None
+    """By token id, as JSON has keys: `{"53": -100}`."""
     n: int | None = None
     best_of: int | None = None
     """Must be `n`: every choice is returned."""
@@ -142,11 +149,7 @@ def as_completion(request: GenerateRequest) -> dict[str, Any]:
 
 REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     # What is drawn.
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "min_tokens": (0,),

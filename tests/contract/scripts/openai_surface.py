@@ -126,6 +126,27 @@ def choices():
 
 
 @found.step
+def penalised():
+    """Greedy, so that what the penalties do can be worked out."""
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 0.75, "temperature": 0}
+    (one,) = completion(
+        prompt=PROMPT, max_tokens=12, **penalties, extra_body={"ignore_eos": True, **IDS}
+    ).choices
+    (two,) = chat(max_tokens=12, **penalties, extra_body={"ignore_eos": True, **IDS}).choices
+    return {"completion": one.token_ids, "chat": two.token_ids, "chat_prompt": two.prompt_token_ids}
+
+
+@found.step
+def biased():
+    options = {"max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True, **IDS}}
+    (plain,) = completion(prompt=PROMPT, **options).choices
+    banned = {str(token): -100 for token in plain.token_ids}
+    (without,) = completion(prompt=PROMPT, logit_bias=banned, **options).choices
+    (only,) = chat(logit_bias={"90": 100}, **options).choices
+    return {"plain": plain.token_ids, "without": without.token_ids, "only": only.token_ids}
+
+
+@found.step
 def streamed():
     options = {"prompt": PROMPT, "max_tokens": 30, "seed": 5, "logprobs": 1, "extra_body": IDS}
     (whole,) = completion(**options).choices
@@ -295,8 +316,8 @@ failing("unknown_model_retrieved", lambda: client.models.retrieve("nope"))
 failing("wrong_key", lambda: client.with_options(api_key="tml-wrong").models.list())
 failing("other_weights", lambda: client.completions.create(model=f"{DEPLOYMENT}@gone", prompt=[1]))
 failing("best_of", lambda: refused(best_of=3, n=2))
-failing("penalty", lambda: refused(frequency_penalty=0.5))
-failing("logit_bias", lambda: refused(logit_bias={"5": 1}))
+failing("penalty", lambda: refused(frequency_penalty=2.5))
+failing("logit_bias", lambda: refused(logit_bias={"5": 101}))
 failing("response_format", lambda: chat(response_format={"type": "json_object"}))
 failing("forced_tool", lambda: chat(tools=[TOOL], tool_choice="required"))
 failing(

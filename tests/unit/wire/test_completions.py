@@ -42,9 +42,8 @@ def test_a_field_of_the_other_kind_of_request_is_unknown() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logit_bias", {"5": 1.0}),
-        ("presence_penalty", 0.5),
-        ("repetition_penalty", 1.1),
+        ("length_penalty", 0.5),
+        ("min_tokens", 3),
         ("include_routing_matrix", True),
         ("mirostat_target", 3),
     ],

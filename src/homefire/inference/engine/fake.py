@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homefire.checkpoints import read_model_directory
+from homefire.inference.engine.adjustments import Adjustments
 from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow, PromptScore
 from homefire.inference.engine.protocol import (
     Alternatives,
@@ -168,11 +169,12 @@ class BigramNetwork:
         adapters: Sequence[Adapter],
     ) -> Draws:
         draws = Draws([], [], [], [])
-        for token, sampling, uniform, adapter in zip(
-            tokens, plan.samplings, uniforms, adapters, strict=True
+        for row, (token, sampling, uniform, adapter) in enumerate(
+            zip(tokens, plan.samplings, uniforms, adapters, strict=True)
         ):
             logits_V = self._table(adapter)[token].astype(np.float64)
-            logprobs_V, sampling_V = log_softmax(logits_V), sampling_logprobs(logits_V, sampling)
+            logprobs_V = log_softmax(logits_V)
+            sampling_V = sampling_logprobs(adjusted(logits_V, plan.adjustments, row), sampling)
             drawn = inverse_cdf(sampling_V, float(uniform))
             draws.tokens.append(drawn)
             draws.logprobs.append(float(logprobs_V[drawn]))
@@ -215,6 +217,19 @@ def _draw_prompt(logits_V: Doubles, draws: PromptDraws, position: int) -> list[i
 def log_softmax(logits_V: Doubles) -> Doubles:
     shifted = logits_V - logits_V.max()
     return shifted - np.log(np.exp(shifted).sum())
+
+
+def adjusted(logits_V: Doubles, adjustments: Adjustments | None, row: int) -> Doubles:
+    """The row's logits with its adjustments, entry by entry."""
+    if adjustments is None:
+        return logits_V
+    changed_V = logits_V.copy()
+    for entry in np.flatnonzero(adjustments.rows == row):
+        token, repetition = adjustments.tokens[entry], adjustments.repetitions[entry]
+        logit = changed_V[token] + adjustments.biases[entry]
+        logit = logit / repetition if logit > 0 else logit * repetition
+        changed_V[token] = logit - adjustments.penalties[entry]
+    return changed_V
 
 
 def sampling_logprobs(logits_V: Doubles, sampling: Sampling) -> Doubles:

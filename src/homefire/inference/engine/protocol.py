@@ -35,7 +35,8 @@ class StopCondition(Protocol):
 class Sampling:
     """The distribution that tokens are drawn from.
 
-    Applied in this order: temperature, top_k, top_p (over what top_k left), min_p.
+    Applied in this order: logit_bias, repetition, frequency and presence penalty (see adjustments.py),
+    temperature, top_k, top_p (over what top_k left), min_p.
     """
 
     temperature: float = 1.0
@@ -46,6 +47,23 @@ class Sampling:
     """Keeps that many tokens; 0 keeps all."""
     min_p: float = 0.0
     """Keeps tokens at least this fraction as likely as the likeliest."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of a token that was drawn."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that it was."""
+    repetition_penalty: float = 1.0
+    """Divides a positive logit and multiplies a negative one, of a token drawn or in the prompt."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit), each token once."""
+
+    @property
+    def adjusts(self) -> bool:
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+        )
 
     @property
     def truncates(self) -> bool:

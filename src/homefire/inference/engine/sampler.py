@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from homefire.inference.engine.adjustments import Adjustments
 from homefire.inference.engine.protocol import Alternatives
 from homefire.inference.engine.sampling_plan import Draws, SamplingPlan, Uniforms
 
@@ -20,7 +21,7 @@ NEVER = float("-inf")
 def sample(logits_BV: Tensor, plan: SamplingPlan, uniforms: Uniforms) -> Draws:
     """uniforms float64 [B] in [0, 1) -> one token per row. Logits are not changed."""
     logprobs_BV = logits_BV.float().log_softmax(-1)
-    sampling_BV = logprobs_BV if plan.is_plain else sampling_logprobs(logprobs_BV, plan)
+    sampling_BV = logprobs_BV if plan.is_plain else sampling_logprobs(logits_BV.float(), plan)
     tokens = inverse_cdf(sampling_BV, torch.from_numpy(uniforms).to(logits_BV.device))
     chosen = tokens[:, None]
     return Draws(
@@ -31,18 +32,37 @@ def sample(logits_BV: Tensor, plan: SamplingPlan, uniforms: Uniforms) -> Draws:
     )
 
 
-def sampling_logprobs(logprobs_BV: Tensor, plan: SamplingPlan) -> Tensor:
-    """Log-probabilities after temperature and truncation; a greedy row has 0 at its one token."""
-    device = logprobs_BV.device
+def sampling_logprobs(logits_BV: Tensor, plan: SamplingPlan) -> Tensor:
+    """Log-probabilities after adjustments, temperature and truncation; a greedy row has 0 at its one
+    token. Logits float32, not changed."""
+    device = logits_BV.device
+    if plan.adjustments is not None:
+        logits_BV = _adjusted(logits_BV, plan.adjustments)
     temperatures = torch.from_numpy(plan.temperatures).to(device)
-    sampling_BV = (logprobs_BV / temperatures[:, None]).log_softmax(-1)
+    sampling_BV = (logits_BV / temperatures[:, None]).log_softmax(-1)
     if plan.any_truncated:
         rows = torch.from_numpy(plan.truncated).to(device).nonzero()[:, 0]
         sampling_BV[rows] = _truncated(sampling_BV[rows], plan, rows)
     if plan.any_greedy:
         rows = torch.from_numpy(plan.greedy).to(device).nonzero()[:, 0]
-        sampling_BV[rows] = _certain(logprobs_BV[rows])
+        sampling_BV[rows] = _certain(logits_BV[rows])
     return sampling_BV
+
+
+def _adjusted(logits_BV: Tensor, adjustments: Adjustments) -> Tensor:
+    rows, tokens, biases, repetitions, penalties = (
+        torch.from_numpy(values).to(logits_BV.device)
+        for values in (
+            adjustments.rows,
+            adjustments.tokens,
+            adjustments.biases,
+            adjustments.repetitions,
+            adjustments.penalties,
+        )
+    )
+    chosen = logits_BV[rows, tokens] + biases
+    chosen = torch.where(chosen > 0, chosen / repetitions, chosen * repetitions) - penalties
+    return logits_BV.index_put((rows, tokens), chosen)
 
 
 def _truncated(logprobs_RV: Tensor, plan: SamplingPlan, rows: Tensor) -> Tensor:
@@ -62,9 +82,9 @@ def _truncated(logprobs_RV: Tensor, plan: SamplingPlan, rows: Tensor) -> Tensor:
     return torch.full_like(kept, NEVER).scatter(-1, order, kept)
 
 
-def _certain(logprobs_RV: Tensor) -> Tensor:
-    best = logprobs_RV.argmax(-1, keepdim=True)
-    return torch.full_like(logprobs_RV, NEVER).scatter_(-1, best, 0.0)
+def _certain(logits_RV: Tensor) -> Tensor:
+    best = logits_RV.argmax(-1, keepdim=True)
+    return torch.full_like(logits_RV, NEVER).scatter_(-1, best, 0.0)
 
 
 def inverse_cdf(logprobs_BV: Tensor, uniforms_B: Tensor) -> Tensor:

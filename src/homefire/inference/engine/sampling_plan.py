@@ -1,13 +1,14 @@
-"""How a whole batch is sampled, laid out as arrays once per change of the batch."""
+"""How a whole batch is sampled, laid out as arrays once per change of the batch; adjustments, once a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from homefire.inference.engine.adjustments import Adjustments
 from homefire.inference.engine.protocol import Alternatives, Sampling
 
 Floats = npt.NDArray[np.float32]
@@ -32,6 +33,7 @@ class SamplingPlan:
     min_ps: Floats
     num_alternatives: int
     """The most that any row wants."""
+    adjustments: Adjustments | None = None
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], num_alternatives: Sequence[int]) -> SamplingPlan:
@@ -49,6 +51,10 @@ class SamplingPlan:
             num_alternatives=max(num_alternatives, default=0),
         )
 
+    def adjusted(self, adjustments: Adjustments | None) -> SamplingPlan:
+        """For one step: they change with every token."""
+        return self if adjustments is None else replace(self, adjustments=adjustments)
+
     @property
     def any_greedy(self) -> bool:
         return bool(self.greedy.any())
@@ -60,7 +66,9 @@ class SamplingPlan:
     @property
     def is_plain(self) -> bool:
         """Every row is drawn from the model's own distribution."""
-        return bool((self.temperatures == 1).all()) and not (self.any_greedy or self.any_truncated)
+        is_tempered = not bool((self.temperatures == 1).all())
+        is_adjusted = self.adjustments is not None
+        return not (is_tempered or is_adjusted or self.any_greedy or self.any_truncated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import numpy as np
 from homefire.foundation.clock import Clock
 from homefire.inference.engine.adapter_loads import AdapterLoads
 from homefire.inference.engine.adapter_table import AdapterLimits
+from homefire.inference.engine.adjustments import Adjustments, adjustments_of
 from homefire.inference.engine.network import Adapter, Network, PromptScore
 from homefire.inference.engine.prefills import Admission, PrefillPass, Prefills
 from homefire.inference.engine.protocol import (
@@ -269,7 +270,8 @@ class Scheduler:
 
     def _prefill(self, prompts: PrefillPass) -> None:
         ready = list(prompts.sequences)
-        result = self._network.prefill(prompts.rows, _plan_for(ready), _uniforms(ready))
+        plan = _plan_for(ready).adjusted(_adjustments(ready))
+        result = self._network.prefill(prompts.rows, plan, _uniforms(ready))
         self._note_prefilled(prompts, result.scores)
         self._prefills.note_computed(prompts)
         self._running += ready
@@ -305,7 +307,8 @@ class Scheduler:
             self._row_adapters = tuple(s.generation.adapter for s in self._running)
         tokens = [sequence.last_token for sequence in self._running]
         uniforms = _uniforms(self._running)
-        draws = self._network.decode(tokens, self._plan, uniforms, self._row_adapters)
+        plan = self._plan.adjusted(_adjustments(self._running))
+        draws = self._network.decode(tokens, plan, uniforms, self._row_adapters)
         for row, sequence in enumerate(self._running):
             sequence.accept(draws, row)
         self._hand_over(list(self._running))
@@ -427,6 +430,10 @@ def _plan_for(sequences: list[Sequence]) -> SamplingPlan:
         [sequence.request.sampling for sequence in sequences],
         [sequence.request.num_alternatives for sequence in sequences],
     )
+
+
+def _adjustments(sequences: list[Sequence]) -> Adjustments | None:
+    return adjustments_of([sequence.adjusted for sequence in sequences])
 
 
 def _uniforms(sequences: list[Sequence]) -> Uniforms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from homefire.inference.engine.adjustments import AdjustedTokens
 from homefire.inference.engine.protocol import (
     Alternatives,
     Listener,
@@ -54,10 +55,16 @@ class Sequence:
     prefilled: Prefilled | None = None
     """Not told yet."""
     generated: list[int] = field(default_factory=list)
+    adjusted: AdjustedTokens | None = field(init=False)
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
     _sampling_logprobs: list[float] = field(default_factory=list)
     _alternatives: list[Alternatives] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        tokens = AdjustedTokens(sampling, self.request.prompt) if sampling.adjusts else None
+        self.adjusted = tokens
 
     @property
     def last_token(self) -> int:
@@ -67,6 +74,8 @@ class Sequence:
         """Takes the token drawn for it in this step, and decides whether it was the last."""
         token = draws.tokens[row]
         self.generated.append(token)
+        if self.adjusted is not None:
+            self.adjusted.draw(token)
         self._tokens.append(token)
         self._logprobs.append(draws.logprobs[row])
         self._sampling_logprobs.append(draws.sampling_logprobs[row])

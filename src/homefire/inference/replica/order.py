@@ -19,6 +19,9 @@ MAX_CHOICES = 512
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
+MAX_LOGIT_BIAS = 100.0
+"""OpenAI's: this much decides."""
+MAX_REPETITION_PENALTY = 10.0
 _NEXT_CHOICE = 1 << 64
 """Between the seeds of one request's choices: choice 0 has the request's own."""
 
@@ -167,7 +170,7 @@ def _order(
         prompts=prompts,
         n=n,
         max_tokens=max_tokens,
-        sampling=_sampling(request),
+        sampling=_sampling(request, limits),
         seed=request.seed,
         stops=stops,
         stop_token_ids=stop_token_ids
@@ -282,17 +285,44 @@ def _stops(
     return tuple(t for t in texts if t not in special), frozenset([*ids, *special.values()])
 
 
-def _sampling(request: CompletionRequest | ChatCompletionRequest) -> Sampling:
+def _sampling(request: CompletionRequest | ChatCompletionRequest, limits: ModelLimits) -> Sampling:
     top_k = _within("top_k", request.top_k, 0, -1, 1 << 31)
     top_p = _within("top_p", request.top_p, 1.0, 0.0, 1.0)
     if top_p == 0:
         raise InvalidArgument("top_p is 0", hint="use more than 0 and up to 1", field="top_p")
+    repetition = _within(
+        "repetition_penalty", request.repetition_penalty, 1.0, 0.0, MAX_REPETITION_PENALTY
+    )
+    if repetition == 0:
+        raise InvalidArgument(
+            "repetition_penalty is 0",
+            hint="use more than 0; 1 is off",
+            field="repetition_penalty",
+        )
     return Sampling(
         temperature=_within("temperature", request.temperature, 1.0, 0.0, 100.0),
         top_p=top_p,
         top_k=max(top_k, 0),
         min_p=_within("min_p", request.min_p, 0.0, 0.0, 1.0),
+        presence_penalty=_within("presence_penalty", request.presence_penalty, 0.0, -2.0, 2.0),
+        frequency_penalty=_within("frequency_penalty", request.frequency_penalty, 0.0, -2.0, 2.0),
+        repetition_penalty=repetition,
+        logit_bias=_logit_bias(request.logit_bias or {}, limits),
     )
+
+
+def _logit_bias(given: dict[str, float], limits: ModelLimits) -> tuple[tuple[int, float], ...]:
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        if not key.isdecimal():
+            raise InvalidArgument(
+                f"logit_bias names the token {key!r}",
+                hint='name tokens by their ids, e.g. {"53": -100}',
+                field="logit_bias",
+            )
+        biases[int(key)] = _within("logit_bias", bias, 0.0, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    _check_tokens(list(biases), limits, field="logit_bias")
+    return tuple(biases.items())
 
 
 def _num_echoed(

@@ -351,6 +351,35 @@ async def test_the_same_seed_answers_the_same(start_replica: Any) -> None:
     assert first.json()["choices"][0]["prompt_token_ids"] == [1]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+async def test_penalties_and_bias_change_what_is_sampled_but_not_the_model_s_logprobs(
+    start_replica: Any, snapshots: Snapshots, chat: bool
+) -> None:
+    """The canary's logits are 50 for its token and 0 for the others."""
+
+    async def answer(caller: Caller, **fields: Any) -> Any:
+        body = {**GREEDY, "max_tokens": 3, "logprobs": True, "return_token_ids": True, **fields}
+        if chat:
+            answered = await caller.chat(messages=[{"role": "user", "content": "A"}], **body)
+        else:
+            answered = await caller.complete(prompt=[65], **body)
+        choice = answered.json()["choices"][0]
+        return choice["token_ids"], choice["logprobs"]["content"]
+
+    async with start_replica() as caller:
+        await caller.hot_load(snapshots.base(65))
+        plain, _ = await answer(caller)
+        assert plain == [65, 65, 65]
+        biased, entries = await answer(caller, logit_bias={"65": -100, "70": 1})
+        assert biased == [70, 70, 70]
+        assert entries[0]["logprob"] < -10
+        assert entries[0]["sampling_logprob"] == 0
+        penalised, _ = await answer(caller, logit_bias={"70": 49}, presence_penalty=1.5)
+        assert penalised == [65, 70, 65]
+        divided, _ = await answer(caller, logit_bias={"70": 44}, repetition_penalty=1.2)
+        assert divided == [70, 65, 65]
+
+
 async def test_a_stop_string_across_tokens_is_cut_from_the_text_but_not_from_the_tokens(
     start_replica: Any, snapshots: Snapshots
 ) -> None:
@@ -434,7 +463,9 @@ async def test_unknown_fields_are_ignored_by_name_and_the_request_id_comes_back(
         ({"prompt": []}, 400, "invalid_argument"),
         ({"prompt": [999]}, 400, "token_out_of_range"),
         ({"prompt": [1] * 2048}, 400, "sequence_too_long"),
-        ({"prompt": [1], "logit_bias": {"1": 2}}, 400, "unsupported"),
+        ({"prompt": [1], "logit_bias": {"999": 2}}, 400, "token_out_of_range"),
+        ({"prompt": [1], "logit_bias": {"1": 101}}, 400, "invalid_argument"),
+        ({"prompt": [1], "min_tokens": 3}, 400, "unsupported"),
         ({"prompt": {"a": 1}}, 400, "invalid_argument"),
         ({}, 400, "invalid_argument"),
         ({"prompt": [1], "model": "accounts/local/deployments/d@step-9"}, 412, "weights_mismatch"),

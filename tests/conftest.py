@@ -34,6 +34,7 @@ class RunningHomefire:
     def __init__(self, home: Path, *, engine: str, arguments: Sequence[str], env: dict[str, str]):
         self.home = home
         self.url = ""
+        self._is_stopping = False
         self._mark = secrets.token_hex(8)
         self._arguments = ["--engine", engine, "--port", "0", *arguments]
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **env, _MARK: self._mark}
@@ -45,6 +46,7 @@ class RunningHomefire:
         return Home(self.home).api_key()
 
     def start(self) -> None:
+        self._is_stopping = False
         command = [sys.executable, "-m", "homefire.cli.main", "up", "--home", str(self.home)]
         with (self.home.parent / f"{self.home.name}.stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
@@ -61,12 +63,17 @@ class RunningHomefire:
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, timeout_s: float = 120.0) -> int:
         """The exit status. Does nothing the second time."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        self.begin_stop(number)
         status = self.process.wait(timeout_s)
         if self.process.stdout is not None:
             self.process.stdout.close()
         return status
+
+    def begin_stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Sends one signal: a second one would be heard as hurry."""
+        if not self._is_stopping and self.process.poll() is None:
+            self.process.send_signal(number)
+        self._is_stopping = True
 
     def restart(self) -> RunningHomefire:
         """A clean stop and a new `up` on the same home; the port may change."""
@@ -129,7 +136,48 @@ pytest_plugins = ["skips"]
 StartHomefire = Callable[..., RunningHomefire]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+LONGEST_FIRST = (
+    "contract/test_planted_bugs",
+    "contract/test_migration",
+    "contract/test_seed_example",
+    "contract/test_fireworks_transitions",
+    "contract/test_fireworks_training",
+    "contract/test_fireworks_managed",
+    "contract/test_fireworks_deployments",
+    "contract/test_fireworks_sampling",
+    "contract/test_lm_eval",
+    "contract/test_matrix",
+    "contract/test_tinker_sampling",
+    "contract/test_openai",
+    "journeys/test_as_a_newcomer",
+    "journeys/test_control_plane",
+    "journeys/test_reconnect_and_branch",
+    "journeys/test_tinker_management",
+    "journeys/test_weight",
+    "journeys/test_root_plane",
+    "faults/test_kill_and_resume",
+    "faults/test_stop_and_up",
+    "faults/test_front_deaths",
+    "parity/test_one_set_of_numbers",
+    "parity/test_trainer_parity",
+    "unit/trainer/front/test_pooled",
+    "unit/cli/test_up",
+)
+"""Modules that take longest, as measured: begun first, they leave no worker alone at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _note_open_sockets(items)
+    if hasattr(config, "workerinput"):
+        items.sort(key=_turn)  # stable: the tests of a module keep their order
+
+
+def _turn(item: pytest.Item) -> int:
+    module = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+    return LONGEST_FIRST.index(module) if module in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
+def _note_open_sockets(items: list[pytest.Item]) -> None:
     """tinker never closes the socket of its first `/client/config` request (0.38)."""
     for item in items:
         if "homefire_up" in getattr(item, "fixturenames", ()):
@@ -168,5 +216,7 @@ def _homefires(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartHomefi
 
     yield start
     gc.collect()
+    for server in running:
+        server.begin_stop()  # of all before the wait for the first: they stop side by side
     left = {str(server.home): server.end() for server in running}
     assert not any(left.values()), f"still running after the stop: {left}"

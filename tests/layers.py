@@ -21,15 +21,15 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "parity", "contract", "journeys", "faults", "docs")
 BUDGETS_S = {
-    "unit": 180,
-    "parity": 120,
-    "contract": 400,
-    "journeys": 480,
-    "faults": 240,
+    "unit": 150,
+    "parity": 150,
+    "contract": 420,
+    "journeys": 300,
+    "faults": 150,
     "docs": 60,
-    "clients": 2400,
+    "clients": 1800,
 }
-"""Of the layers, and of `clients`, which is asked for by name."""
+"""Of the layers, and of `clients`, which is asked for by name; with two workers on two cores."""
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,19 @@ def test_custom_losses_saves_and_loads_work_as_the_protocol_says(
         model.optim_step(tinker.AdamParams()).result()
 
 
+def test_a_custom_loss_in_chunks_runs_each_chunk_forward_once(
+    front: FrontProcess, service: Any, data: list[Any]
+) -> None:
+    """The datums have weights, which the client sends with its forward."""
+    model = service.create_lora_training_client("tiny", rank=0).result()
+    result = model.forward_backward_custom(data * 400, _squares).result()
+    assert len(result.loss_fn_outputs) == 1200
+    assert [event["graph"] for event in front.events("forward")] == ["kept"] * 2
+    assert [event["graph"] for event in front.events("forward_backward")] == ["reused"] * 2
+    model.forward_backward(data, "cross_entropy").result()
+    assert front.events("forward_backward")[-1]["graph"] == "freed"
+
+
 def test_a_users_mistake_is_a_users_error_and_costs_one_step(service: Any, data: list[Any]) -> None:
     model = service.create_lora_training_client("tiny", rank=0).result()
     with pytest.raises(tinker.RequestFailedError, match="dapo"):

@@ -351,7 +351,7 @@ def test_an_idle_adapter_is_untouched_bit_for_bit_while_another_trains(model_dir
 
 @pytest.mark.parametrize("model_directory", [True], indirect=True, ids=["tied"])
 def test_each_adapter_ends_bit_for_bit_as_if_it_had_been_alone(model_directory, tmp_path):
-    """Batches of adapters are not mixed, so there is nothing that could differ: the tolerance is 0."""
+    """In passes of their own nothing could differ: the tolerance is 0. Packed: test_packed_adapters.py."""
     together = open_engine(model_directory, tmp_path / "together", **TWO)
     for round_ in range(3):
         for slot, seed in (("one", 0), ("two", 70)):

@@ -7,6 +7,7 @@ r adapter rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,12 +92,34 @@ def fused_backward(
     it must not depend on other tokens. Gradients are added to the leaves, with the bits that
     `target_logprobs(...).backward(...)` gives.
     """
+    logprobs, pending = fused_loss(hidden, head, targets, gradient_of, chunk, low_rank=low_rank)
+    if pending is not None:
+        pending.output.backward(pending.gradient)
+    return logprobs
+
+
+@dataclass(frozen=True)
+class PendingBackward:
+    """What `output.backward(gradient)` still has to do."""
+
+    output: Tensor
+    gradient: Tensor
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    gradient_of: SpanGradientOf,
+    chunk: int = HEAD_CHUNK,
+    *,
+    low_rank: LowRank | None = None,
+) -> tuple[Tensor, PendingBackward | None]:
+    """The head's part of `fused_backward`: logprobs, and the backward behind it; None without gradient."""
     if not isinstance(head.form, ScaledLogits):
         logprobs = target_logprobs(hidden, head, targets, chunk, low_rank=low_rank)
         grad = gradient_of(logprobs.detach(), slice(0, len(targets)))
-        if grad.any():
-            logprobs.backward(grad)
-        return logprobs.detach()
+        return logprobs.detach(), PendingBackward(logprobs, grad) if grad.any() else None
     is_pushed = False
 
     def noting(logprobs: Tensor, span: slice) -> Tensor:
@@ -107,9 +130,7 @@ def fused_backward(
 
     inputs = _head_inputs(hidden, head, low_rank)
     logprobs, loss = FusedLoss.apply(targets, head.form, chunk, noting, *inputs)
-    if is_pushed:
-        loss.backward()
-    return logprobs
+    return logprobs, PendingBackward(loss, torch.ones_like(loss)) if is_pushed else None
 
 
 def likeliest_tokens(

@@ -40,9 +40,7 @@ def reaches_segments(model: LoadedModel, adapter: LoraAdapter) -> bool:
     if model.layout is not RowLayout.PACKED:
         return False
     modules = dict(model.module.named_modules())
-    return model.layout is RowLayout.PACKED and all(
-        type(modules.get(path)) is nn.Linear for path in adapter.layers
-    )
+    return all(type(modules.get(path)) is nn.Linear for path in adapter.layers)
 
 
 @contextmanager

@@ -238,7 +238,7 @@ class SlotEngine:
             raise InvalidArgument("passes that reuse a graph are not packed", field="members")
         loss = loss_function(request.loss_fn, extras.loss_config)
         batch = read_batch(arrays, **self._bounds)
-        return packed_passes.member(self._slots.get(request.slot), loss, batch, request.plan)
+        return packed_passes.member(self._slots.get(request.slot), request, loss, batch)
 
     def _embedding_backward(
         self,

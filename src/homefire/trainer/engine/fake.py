@@ -92,7 +92,7 @@ class BigramNetwork:
             if not isinstance(part.weights, BigramLora):
                 raise TypeError(f"{type(part.weights).__name__} shares no pass")
             with part.weights.beside(len(parts) - 1):
-                logprobs.append(part.weights.backward(part.batch, part.gradient_of))
+                logprobs.append(part.weights.fused_backward(part.batch, part.gradient_of))
         return logprobs
 
     def close(self, weights: TrainableWeights) -> None:

@@ -201,7 +201,9 @@ class Part:
 
     weights: TrainableWeights
     batch: PackedTargets
-    gradient_of: GradientOf
+    gradient_of: SpanGradientOf
+    is_per_token: bool
+    """`gradient_of` may be asked for some tokens at a time; else for all of them at once."""
 
 
 class Network(Protocol):

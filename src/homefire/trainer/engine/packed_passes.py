@@ -14,10 +14,10 @@ from itertools import zip_longest
 import numpy as np
 
 from homefire.trainer.engine.batch import Batch, MicroBatch, micro_batches
-from homefire.trainer.engine.losses import Loss, LossTerms, evaluate, metrics
-from homefire.trainer.engine.network import Float32, Network, Part, TrainableWeights
+from homefire.trainer.engine.losses import Loss, LossTerms, evaluate, is_per_token, metrics
+from homefire.trainer.engine.network import Float32, Network, Part, SpanGradientOf, TrainableWeights
 from homefire.trainer.engine.slots import Slot
-from homefire.wire.engine import Arrays, ExecutionPlan, Failure, Rows
+from homefire.wire.engine import Arrays, Failure, ForwardBackward, Rows
 from homefire.wire.errors import ErrorRecord, FailedPrecondition, HomefireError, InvalidArgument
 
 MemberReply = tuple[Rows | Failure, Arrays]
@@ -31,6 +31,8 @@ class Member:
     loss: Loss
     batch: Batch
     cuts: list[MicroBatch]
+    is_per_token: bool
+    """The loss's derivative at a token depends on that token alone."""
     error: HomefireError | None = None
     logprobs: Float32 = field(init=False)
     """[T, K] in the order of the request."""
@@ -45,9 +47,10 @@ class Member:
         return self.slot.trainable()
 
 
-def member(slot: Slot, loss: Loss, batch: Batch, plan: ExecutionPlan) -> Member:
+def member(slot: Slot, request: ForwardBackward, loss: Loss, batch: Batch) -> Member:
     """InvalidArgument when the plan is not one of this batch."""
-    return Member(slot, loss, batch, list(micro_batches(batch, plan)))
+    cuts = list(micro_batches(batch, request.plan))
+    return Member(slot, loss, batch, cuts, is_per_token(request.loss_fn))
 
 
 def check_slots(slots: Sequence[Slot]) -> None:
@@ -94,16 +97,20 @@ def keep(slot: Slot, terms: LossTerms, batch: Batch, logprobs: Float32) -> tuple
 
 
 def _run(network: Network, together: Sequence[tuple[Member, MicroBatch]]) -> None:
-    parts = [Part(m.weights, cut.batch.packed(), _gradient_of(m, cut)) for m, cut in together]
+    parts = [
+        Part(m.weights, cut.batch.packed(), _gradient_of(m, cut), m.is_per_token)
+        for m, cut in together
+    ]
     found = network.backward_together(parts)
     for (m, cut), logprobs in zip(together, found, strict=True):
         m.logprobs[cut.places] = logprobs
 
 
-def _gradient_of(m: Member, cut: MicroBatch) -> Callable[[Float32], Float32]:
-    def gradient_of(logprobs: Float32) -> Float32:
+def _gradient_of(m: Member, cut: MicroBatch) -> SpanGradientOf:
+    def gradient_of(logprobs: Float32, span: slice) -> Float32:
+        rows = cut.batch.span(span) if m.is_per_token else cut.batch
         try:
-            return evaluate(m.loss, logprobs, cut.batch).gradient.astype(np.float32)
+            return evaluate(m.loss, logprobs, rows).gradient.astype(np.float32)
         except HomefireError as error:
             m.error = m.error or error
             return np.zeros_like(logprobs)

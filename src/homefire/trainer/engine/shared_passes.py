@@ -13,7 +13,7 @@ from torch import Tensor
 
 from homefire.model.loading import LoadedModel
 from homefire.model.lora import head_update
-from homefire.model.packed import packed_hidden, target_logprobs
+from homefire.model.packed import PendingBackward, fused_loss, packed_hidden, target_logprobs
 from homefire.model.packed_lora import Segment, applied_by_segment
 from homefire.trainer.engine.network import Float32, Part
 from homefire.trainer.engine.residence import Residence
@@ -27,10 +27,10 @@ def backward_together(residence: Residence, parts: Sequence[Part]) -> list[Float
     model.module.requires_grad_(False)
     segments = [Segment(_adapted(part).adapter, len(part.batch.tokens)) for part in parts]
     with applied_by_segment(model, segments):
-        logprobs = _logprobs(model, segments, parts)
-        values = [output.detach().cpu().numpy() for output in logprobs]
-        _push(logprobs, [part.gradient_of(v) for part, v in zip(parts, values, strict=True)])
-    return values
+        states = _hidden(model, parts).split([segment.num_tokens for segment in segments])
+        found = [_scored(model, part, own) for part, own in zip(parts, states, strict=True)]
+        _push([pending for _, pending in found if pending is not None])
+    return [logprobs.detach().cpu().numpy() for logprobs, _ in found]
 
 
 def _adapted(part: Part) -> LoraWeights:
@@ -39,28 +39,32 @@ def _adapted(part: Part) -> LoraWeights:
     return part.weights
 
 
-def _logprobs(
-    model: LoadedModel, segments: Sequence[Segment], parts: Sequence[Part]
-) -> list[Tensor]:
-    """[T, K] of each part, differentiable."""
+def _hidden(model: LoadedModel, parts: Sequence[Part]) -> Tensor:
+    """[T of all parts, E], differentiable."""
     tokens = torch.cat([torch.from_numpy(part.batch.tokens) for part in parts]).to(model.device)
-    lengths = [length for part in parts for length in part.batch.lengths]
-    hidden = packed_hidden(model, tokens, lengths)
-    logprobs: list[Tensor] = []
-    for segment, part, states in zip(
-        segments, parts, hidden.split([s.num_tokens for s in segments]), strict=True
-    ):
-        targets = torch.from_numpy(part.batch.targets).to(model.device)
-        low_rank = head_update(model, segment.adapter, states)
-        logprobs.append(target_logprobs(states, model.logits_head, targets, low_rank=low_rank))
-    return logprobs
+    return packed_hidden(model, tokens, [n for part in parts for n in part.batch.lengths])
 
 
-def _push(outputs: Sequence[Tensor], gradients: Sequence[Float32]) -> None:
-    """Backward through the outputs whose gradient is not zero throughout."""
-    pushed = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g.any()]
-    if pushed:
-        torch.autograd.backward(
-            [output for output, _ in pushed],
-            [torch.from_numpy(gradient).to(output.device) for output, gradient in pushed],
-        )
+def _scored(
+    model: LoadedModel, part: Part, states: Tensor
+) -> tuple[Tensor, PendingBackward | None]:
+    """A part's logprobs [T, K], and the backward that waits behind them."""
+    targets = torch.from_numpy(part.batch.targets).to(model.device)
+    low_rank = head_update(model, _adapted(part).adapter, states)
+
+    def gradient_of(logprobs: Tensor, span: slice) -> Tensor:
+        values = logprobs.detach().cpu().numpy()
+        return torch.from_numpy(part.gradient_of(values, span)).to(logprobs.device)
+
+    head = model.logits_head
+    if part.is_per_token:
+        return fused_loss(states, head, targets, gradient_of, low_rank=low_rank)
+    logprobs = target_logprobs(states, head, targets, low_rank=low_rank)
+    gradient = gradient_of(logprobs, slice(0, len(targets)))
+    return logprobs, PendingBackward(logprobs, gradient) if gradient.any() else None
+
+
+def _push(pending: Sequence[PendingBackward]) -> None:
+    """One backward for all parts."""
+    if pending:
+        torch.autograd.backward([p.output for p in pending], [p.gradient for p in pending])

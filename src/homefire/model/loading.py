@@ -6,9 +6,10 @@ trainer and sampler run the same values on every CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from homefire.model.head import Head, LogitsForm, decoder_of, recognised_form
 from homefire.model.layout import RowLayout
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
+Output = TypeVar("Output")
 SERVING_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -50,6 +52,12 @@ class LoadedModel:
     """What the model makes of its head's product."""
     layout: RowLayout = RowLayout.PACKED
     """How its rows are computed without reaching one another."""
+    root: nn.Module | None = None
+    """Set where parameters are divided among ranks: runs a function while they can be gathered."""
+
+    def run_pass(self, run: Callable[[], Output]) -> Output:
+        """`run()`, a forward pass. Whatever reads weights goes through here."""
+        return run() if self.root is None else cast(Output, self.root(run))
 
     @property
     def backbone(self) -> nn.Module:

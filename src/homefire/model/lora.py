@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.model.lora_targets import refuse_unknown_head, target_paths
-from homefire.model.tensors import serving_tensors
+from homefire.model.tensors import tied_to
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
 from homefire.wire.peft import PREFIX, AdapterConfig, adapted_modules, adapter_config
@@ -132,20 +132,22 @@ def head_update(
 
 
 @torch.no_grad()
-def merged_tensors(model: LoadedModel, adapter: LoraAdapter) -> dict[str, Tensor]:
+def merged_tensors(
+    model: LoadedModel, adapter: LoraAdapter, base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The base with the adapter folded in, in float32, rounded to the serving dtype once.
 
-    Fresh CPU tensors under state-dict names. A head that was tied and is adapted comes with a tensor
-    of its own beside the embedding's: see `unties_head`.
+    `base` is the model's `serving_tensors`: nothing is lost by them, since compute weights are their
+    values. A head that was tied and is adapted comes with a tensor of its own beside the embedding's:
+    see `unties_head`.
     """
-    tensors = serving_tensors(model)
+    tensors = dict(base)
     if unties_head(model, adapter):
-        state = model.module.state_dict()
-        tensors |= {name: state[name].to(model.serving_dtype).cpu() for name in sorted(model.tied)}
+        tensors |= {alias: base[name] for alias, name in tied_to(model).items()}
     for path, layer in adapter.layers.items():
-        weight = _linear(model, path).weight.float()
-        merged = weight + adapter.scaling * (layer.b @ layer.a)
-        tensors[f"{path}.weight"] = merged.to(model.serving_dtype).cpu().contiguous()
+        weight = tensors[f"{path}.weight"].float()
+        merged = weight + adapter.scaling * (layer.b @ layer.a).cpu()
+        tensors[f"{path}.weight"] = merged.to(model.serving_dtype).contiguous()
     return tensors
 
 

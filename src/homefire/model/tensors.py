@@ -58,8 +58,11 @@ def serving_tensors(model: LoadedModel) -> dict[str, Tensor]:
     Persistent buffers keep their own dtype.
     """
     return {
-        name: _served(tensor, model.serving_dtype).cpu().contiguous()
-        for name, tensor in _live(model)
+        name: tensor.detach()
+        .to(served_dtype(tensor, model.serving_dtype), copy=True)
+        .cpu()
+        .contiguous()
+        for name, tensor in live_tensors(model)
     }
 
 
@@ -79,22 +82,29 @@ def load_serving_tensors(model: LoadedModel, tensors: Tensors) -> None:
 
     Names, shapes and dtypes are checked whole before the first copy: InvalidArgument changes nothing.
     """
-    live = dict(_live(model))
+    live = dict(live_tensors(model))
     _check_fits(live, tensors, model.serving_dtype)
     for name, tensor in live.items():
         tensor.copy_(from_raw(tensors[name]))
 
 
-def _live(model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+def live_tensors(model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers by state-dict name, aliases left out."""
     for name, tensor in model.module.state_dict(keep_vars=True).items():
         if name not in model.tied:
             yield name, tensor
 
 
-def _served(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    live = tensor.detach()
-    return live.to(dtype, copy=True) if _is_parameter(tensor) else live.clone()
+def tied_to(model: LoadedModel) -> dict[str, str]:
+    """The name in snapshots of each tensor that is only an alias, e.g. of `lm_head.weight`."""
+    names = {id(tensor): name for name, tensor in live_tensors(model)}
+    state = model.module.state_dict(keep_vars=True)
+    return {alias: names[id(state[alias])] for alias in sorted(model.tied)}
+
+
+def served_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a snapshot holds this live tensor in: parameters in the serving dtype, buffers in theirs."""
+    return dtype if _is_parameter(tensor) else tensor.dtype
 
 
 def _is_parameter(tensor: Tensor) -> bool:
@@ -109,7 +119,7 @@ def _check_fits(live: Mapping[str, Tensor], tensors: Tensors, dtype: torch.dtype
             hint="they belong to another base model",
         )
     for name, tensor in live.items():
-        wanted = DTYPE_NAMES[dtype if _is_parameter(tensor) else tensor.dtype]
+        wanted = DTYPE_NAMES[served_dtype(tensor, dtype)]
         given = tensors[name]
         if given.dtype != wanted or tuple(given.shape) != tuple(tensor.shape):
             raise InvalidArgument(

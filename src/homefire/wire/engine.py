@@ -74,7 +74,13 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True):
     micro_batches: list[list[int]]
     """Row indices of each micro-batch, in execution order."""
     threads: int
+    """Of each rank."""
     graph: GraphUse = GraphUse.NONE
+    shares: list[list[int]] = []
+    """Per micro-batch, how many of its rows each rank computes, in their order. Empty: one rank.
+
+    Example: [[2, 1], [1, 0]] for micro-batches of 3 and 1 rows on two ranks.
+    """
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True):

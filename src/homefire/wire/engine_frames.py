@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from typing import Generic, TypeVar
 
 import msgspec
 import numpy as np
 
 from homefire.wire.engine import Arrays, Reply, Request
 
+Message = TypeVar("Message")
 MAGIC = b"HFE1"
 _PREFIX = struct.Struct("<4sIQ")
 MAX_HEADER_BYTES = 64 << 20
@@ -27,36 +29,38 @@ class ArrayRef(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
 
 
-class RequestEnvelope(msgspec.Struct, frozen=True):
-    message: Request
-    arrays: dict[str, ArrayRef] = {}
-
-
-class ReplyEnvelope(msgspec.Struct, frozen=True):
-    message: Reply
+class Envelope(msgspec.Struct, Generic[Message], frozen=True):
+    message: Message
     arrays: dict[str, ArrayRef] = {}
 
 
 def encode_request(message: Request, arrays: Arrays | None = None) -> bytes:
-    refs, chunks = _lay_out(arrays or {})
-    return _frame(msgspec.msgpack.encode(RequestEnvelope(message, refs)), chunks)
+    return encode_frame(message, arrays)
 
 
 def encode_reply(message: Reply, arrays: Arrays | None = None) -> bytes:
-    refs, chunks = _lay_out(arrays or {})
-    return _frame(msgspec.msgpack.encode(ReplyEnvelope(message, refs)), chunks)
+    return encode_frame(message, arrays)
 
 
 def decode_request(frame: bytes | memoryview) -> tuple[Request, Arrays]:
-    """A whole frame -> message and read-only arrays that view its bytes."""
-    header, body = _split(frame)
-    envelope = msgspec.msgpack.decode(header, type=RequestEnvelope)
-    return envelope.message, _views(envelope.arrays, body)
+    return decode_frame(frame, Envelope[Request])
 
 
 def decode_reply(frame: bytes | memoryview) -> tuple[Reply, Arrays]:
+    return decode_frame(frame, Envelope[Reply])
+
+
+def encode_frame(message: msgspec.Struct, arrays: Arrays | None = None) -> bytes:
+    refs, chunks = _lay_out(arrays or {})
+    return _frame(msgspec.msgpack.encode(Envelope(message, refs)), chunks)
+
+
+def decode_frame(
+    frame: bytes | memoryview, kind: type[Envelope[Message]]
+) -> tuple[Message, Arrays]:
+    """A whole frame -> message and read-only arrays that view its bytes."""
     header, body = _split(frame)
-    envelope = msgspec.msgpack.decode(header, type=ReplyEnvelope)
+    envelope = msgspec.msgpack.decode(header, type=kind)
     return envelope.message, _views(envelope.arrays, body)
 
 

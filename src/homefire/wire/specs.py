@@ -58,6 +58,7 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Of a dedicated job's adapter. In a pool, the highest rank that a model may ask for; 0: 256."""
     max_context_length: int
     threads: int
+    """Of each rank."""
     store_root: str
     job_dir: str
     """Journal, recovery points, events.jsonl and logs of this job."""
@@ -73,12 +74,17 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_roots: list[str] = []
     """Directories that a path from a client may lead into."""
     micro_batch_tokens: int = 2048
-    """Token budget of one micro-batch; part of the journaled plan, so fixed per job."""
+    """Token budget of one micro-batch, and of each rank's share; part of the journaled plan, so fixed per job."""
     held_graph_bytes: int | None = None
     """What graphs kept between the two calls of a custom loss may take in memory; 0: none is kept,
     None: an eighth of the memory of the engine's device."""
     held_graph_limit_s: float = 300.0
     """How long such a graph is kept for a second call that does not come."""
+    ranks: int = 1
+    """Processes that the engine's parameters and rows are divided among; fixed per job, like its bits. A
+    fake engine is one process whatever they are."""
+    rank_timeout_s: float = 600.0
+    """How long ranks wait for one another before the engine is started anew."""
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
     recovery_interval_s: float = 60.0

@@ -7,7 +7,7 @@ w -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,8 +61,15 @@ class AdamW:
         return update.add_(master, alpha=params.weight_decay).mul_(params.learning_rate)
 
 
-def gradient_norms(gradient: Mapping[str, Tensor], divisor: float) -> GradientNorms:
-    return GradientNorms({name: norm_of(tensor) / divisor for name, tensor in gradient.items()})
+def gradient_norms(
+    gradient: Mapping[str, Tensor],
+    divisor: float,
+    across_ranks: Callable[[Sequence[float]], list[float]] = list,
+) -> GradientNorms:
+    """`across_ranks` turns norms of this rank's parts into those of whole tensors."""
+    norms = across_ranks([norm_of(tensor) for tensor in gradient.values()])
+    divided = (norm / divisor for norm in norms)
+    return GradientNorms(dict(zip(gradient, divided, strict=True)))
 
 
 def norm_of(tensor: Tensor) -> float:

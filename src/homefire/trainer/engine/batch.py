@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -34,6 +34,8 @@ class Batch:
     """What the loss reads: weights [T, K]; logprobs, advantages, clip thresholds [T, 1]."""
     num_skipped: int = 0
     """Tokens of the first row that come before the batch: see `span`."""
+    shares: Sequence[int] = ()
+    """Of a micro-batch: rows of each rank, in order; empty: one rank computes them all."""
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +69,7 @@ class Batch:
         )
 
     def packed(self) -> PackedTargets:
-        return PackedTargets(self.tokens, self.lengths.tolist(), self.targets)
+        return PackedTargets(self.tokens, self.lengths.tolist(), self.targets, shares=self.shares)
 
 
 def _overlap(row: slice, tokens: slice) -> int:
@@ -154,7 +156,15 @@ def micro_batches(batch: Batch, plan: ExecutionPlan) -> Iterator[MicroBatch]:
         raise InvalidArgument(
             f"the plan names rows {named} of a batch of {batch.num_rows}", field="plan"
         )
-    for chosen in filter(None, plan.micro_batches):
+    shares = plan.shares or [[] for _ in plan.micro_batches]
+    if len(shares) != len(plan.micro_batches):
+        raise InvalidArgument(
+            f"the plan has {len(plan.micro_batches)} micro-batches and shares of {len(shares)}",
+            field="plan",
+        )
+    for chosen, rows_of_ranks in zip(plan.micro_batches, shares, strict=True):
+        if not chosen:
+            continue
         places = np.concatenate([np.arange(rows[row].start, rows[row].stop) for row in chosen])
         cut = Batch(
             tokens=batch.tokens[places],
@@ -162,5 +172,6 @@ def micro_batches(batch: Batch, plan: ExecutionPlan) -> Iterator[MicroBatch]:
             targets=batch.targets[places],
             row_ids=batch.row_ids[chosen],
             inputs={name: array[places] for name, array in batch.inputs.items()},
+            shares=rows_of_ranks,
         )
         yield MicroBatch(cut, places)

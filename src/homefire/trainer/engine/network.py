@@ -37,6 +37,8 @@ class PackedTokens:
     """[T]"""
     lengths: list[int]
     """[N], sum T"""
+    shares: Sequence[int] = field(default=(), kw_only=True)
+    """Rows of each rank, neighbours in the order of the ranks; empty: one rank has them all."""
 
 
 @dataclass(frozen=True)

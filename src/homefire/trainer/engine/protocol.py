@@ -40,6 +40,11 @@ from homefire.wire.engine import (
 )
 
 
+class EngineUnusable(Exception):
+    """The engine is in a state that nothing but a new start repairs, e.g. a rank of it was lost. Its
+    process ends, and the front replays."""
+
+
 class TrainingEngine(Protocol):
     """Every method blocks until done, and runs in the one thread that owns the model.
 

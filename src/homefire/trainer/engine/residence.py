@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from homefire.model.loading import LoadedModel, load_model
-from homefire.model.tensors import serving_tensors
+from homefire.model.tensors import live_tensors, served_dtype, serving_tensors
+from homefire.trainer.engine.ranks.placement import OneRank, Placements
 from homefire.trainer.engine.torch_graph import TorchGraph
 
 
@@ -23,8 +24,17 @@ class Resident(Protocol):
 class Residence:
     """Whose weights the module holds: the base model's, or one full slot's."""
 
-    def __init__(self, model: LoadedModel, model_dir: Path, serving_dtype: str) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        model_dir: Path,
+        serving_dtype: str,
+        placements: Placements | None = None,
+    ) -> None:
         self.model = model
+        self.placements = placements or OneRank()
+        self.layout = self.placements.of_module(model)
+        """Where the module's own parameters are."""
         self._model_dir = model_dir
         self._serving_dtype = serving_dtype
         self._owner: Resident | _Nobody | None = None
@@ -35,10 +45,10 @@ class Residence:
     def use_base(self) -> None:
         if self._owner is None:
             return
-        base = self._base_tensors()
+        base = self._base_parts()
         self._release_graphs()
         for name, parameter in self.model.module.named_parameters():
-            parameter.copy_(base[name])
+            self.layout.part(parameter).copy_(base[name])
         self._owner = None
 
     def use(self, weights: Resident) -> None:
@@ -62,10 +72,27 @@ class Residence:
             graph.release()
         self._graphs.clear()
 
-    def _base_tensors(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def serving(self) -> dict[str, Tensor]:
+        """What a snapshot of the module holds now, as fresh CPU tensors; empty but at rank 0."""
+        if not self.layout.is_shared:
+            return serving_tensors(self.model)
+        found: dict[str, Tensor] = {}
+        for name, tensor in live_tensors(self.model):
+            dtype = served_dtype(tensor, self.model.serving_dtype)
+            part = self.layout.part(tensor).to(dtype, copy=True)
+            whole = self.layout.whole(name, part)
+            if whole is not None:
+                found[name] = whole.cpu().contiguous()
+        return found
+
+    def _base_parts(self) -> dict[str, Tensor]:
         if self._base is None:
-            again = load_model(self._model_dir, serving_dtype=self._serving_dtype)
-            self._base = serving_tensors(again)
+            again = serving_tensors(load_model(self._model_dir, serving_dtype=self._serving_dtype))
+            self._base = {
+                name: self.layout.part_of_whole(again[name], parameter).clone()
+                for name, parameter in self.model.module.named_parameters()
+            }
         return self._base
 
 

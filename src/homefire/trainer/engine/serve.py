@@ -1,7 +1,7 @@
 """The engine's loop: one request frame in, one reply frame out, until the front hangs up.
 
 A user's mistake answers `Failure`; anything unexpected answers `Failure` too, with its traceback in the
-log. Nothing but the end of the stream or `Shutdown` ends the loop.
+log. Nothing but the end of the stream, `Shutdown` or `EngineUnusable` ends the loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import msgspec
 
 from homefire.foundation.failpoints import failpoint
-from homefire.trainer.engine.protocol import TrainingEngine
+from homefire.trainer.engine.protocol import EngineUnusable, TrainingEngine
 from homefire.wire.engine import (
     AdoptSnapshot,
     Arrays,
@@ -80,6 +80,8 @@ def _answer(engine: TrainingEngine, frame: bytes) -> tuple[Request | None, bytes
     except msgspec.DecodeError as exc:
         error = EngineFailed(f"the request cannot be decoded: {exc}", hint="restart the engine")
         return message, encode_reply(Failure(ErrorRecord.of(error)))
+    except EngineUnusable:
+        raise
     except Exception as exc:  # the worker loop: a broken operation must not end it
         log.exception("%s broke", type(message).__name__)
         error = EngineFailed(f"{type(message).__name__} broke: {type(exc).__name__}: {exc}")

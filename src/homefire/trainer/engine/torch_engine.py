@@ -12,12 +12,14 @@ from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
+from homefire.trainer.engine.ranks.placement import Placements
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.shared_passes import backward_together
 from homefire.trainer.engine.torch_weights import (
     FullWeights,
     LoraWeights,
     ReferenceWeights,
+    TrainedWeights,
 )
 from homefire.wire.engine import LoraSpec, OpenModel
 from homefire.wire.errors import Unsupported
@@ -28,12 +30,23 @@ def torch_engine() -> SlotEngine:
 
 
 def open_network(request: OpenModel) -> TorchNetwork:
+    return network_of(load(request), request)
+
+
+def load(request: OpenModel) -> LoadedModel:
+    """The base model, in a process that is set up for the same bits every time."""
     torch.set_num_threads(request.threads)
     # Replay after a crash promises the same bits: an operation that cannot give them is an error.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    model = load_model(Path(request.model_dir), serving_dtype=request.serving_dtype)
-    residence = Residence(model, Path(request.model_dir), request.serving_dtype)
+    return load_model(Path(request.model_dir), serving_dtype=request.serving_dtype)
+
+
+def network_of(
+    model: LoadedModel, request: OpenModel, placements: Placements | None = None
+) -> TorchNetwork:
+    directory = Path(request.model_dir)
+    residence = Residence(model, directory, request.serving_dtype, placements)
     return TorchNetwork(model, residence, request.base_model)
 
 
@@ -86,12 +99,12 @@ class TorchNetwork:
     def reference(self) -> FrozenWeights:
         return ReferenceWeights(self._residence)
 
-    def open_full(self) -> TrainableWeights:
+    def open_full(self) -> TrainedWeights:
         if self._open:
             raise _crowded("a second slot beside a full-parameter one")
         return self._opened(FullWeights(self._residence))
 
-    def open_lora(self, spec: LoraSpec) -> TrainableWeights:
+    def open_lora(self, spec: LoraSpec) -> TrainedWeights:
         if any(isinstance(weights, FullWeights) for weights in self._open):
             raise _crowded("an adapter beside a full-parameter slot")
         adapter = new_adapter(
@@ -116,7 +129,7 @@ class TorchNetwork:
         self._open.remove(weights)
         self._residence.forget(weights)
 
-    def _opened(self, weights: TrainableWeights) -> TrainableWeights:
+    def _opened(self, weights: TrainedWeights) -> TrainedWeights:
         self._open.append(weights)
         return weights
 

@@ -75,9 +75,9 @@ class _Meter:
         return tensor, tensor._version
 
 
-def push(output: Tensor, gradient: Float32) -> None:
-    """Backward through `output`, unless nothing would come of it."""
-    if gradient.any():
+def push(output: Tensor, gradient: Float32, *, always: bool = False) -> None:
+    """Backward through `output`, unless nothing would come of it. `always`: other ranks take part."""
+    if always or gradient.any():
         output.backward(torch.from_numpy(gradient).to(output.device))
 
 

@@ -33,7 +33,7 @@ from homefire.model.packed import (
     target_logprobs,
 )
 from homefire.model.packed_lora import reaches_segments
-from homefire.model.tensors import DTYPE_NAMES, from_raw, raw, serving_tensors
+from homefire.model.tensors import DTYPE_NAMES, from_raw, raw
 from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
 from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
@@ -47,6 +47,7 @@ from homefire.trainer.engine.network import (
     WeightFiles,
     nothing_to_merge,
 )
+from homefire.trainer.engine.ranks.placement import Incoming, Placement
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.torch_graph import TorchGraph, push
 from homefire.wire.engine import AdamParams, GradNormMetrics
@@ -78,7 +79,7 @@ class ReferenceWeights:
 
     def serving(self) -> dict[str, RawTensor]:
         self._residence.use_base()
-        return _raw(serving_tensors(self._residence.model))
+        return _raw(self._residence.serving())
 
 
 class TrainedWeights(ABC):
@@ -90,10 +91,12 @@ class TrainedWeights(ABC):
         adapter: LoraAdapter | None,
         masters: dict[str, Tensor],
         leaves: dict[str, Tensor],
+        placement: Placement,
     ) -> None:
         self._residence = residence
         self._model = residence.model
         self._adapter = adapter
+        self._placement = placement
         self._masters = masters
         self._leaves = leaves
         """What autograd differentiates, under the masters' names; `.grad` is the gradient aside."""
@@ -102,7 +105,8 @@ class TrainedWeights(ABC):
 
     @property
     def num_trainable(self) -> int:
-        return sum(master.numel() for master in self._masters.values())
+        shapes = (self._placement.shape(name, master) for name, master in self._masters.items())
+        return sum(math.prod(shape) for shape in shapes)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedTargets) -> Float32:
@@ -123,7 +127,7 @@ class TrainedWeights(ABC):
         self._settle()
         logprobs = _target_logprobs(self._model, self._adapter, batch)
         values = _numpy(logprobs)
-        push(logprobs, gradient_of(values))
+        self._push(logprobs, gradient_of(values))
         return values
 
     def graph(self, batch: PackedTargets) -> TorchGraph:
@@ -151,19 +155,21 @@ class TrainedWeights(ABC):
     ) -> Float32:
         self._settle()
         embeddings = _embeddings(self._model, self._adapter, batch, pooling)
-        push(embeddings, gradient)
+        self._push(embeddings, gradient)
         return _numpy(embeddings)
+
+    def _push(self, output: Tensor, gradient: Float32) -> None:
+        """Backward through `output`, unless nothing would come of it for any rank."""
+        push(output, gradient, always=self._placement.is_shared)
 
     @torch.no_grad()
     def keep_gradient(self) -> None:
-        for name, leaf in self._leaves.items():
-            if leaf.grad is None:
-                continue
+        for name, gradient in self._placement.gradients(self._leaves).items():
             if name in self._gradient:
-                self._gradient[name].add_(leaf.grad)
+                self._gradient[name].add_(gradient)
             else:
-                self._gradient[name] = leaf.grad
-            leaf.grad = None
+                self._gradient[name] = gradient
+        self.drop_gradient()
 
     def drop_gradient(self) -> None:
         for leaf in self._leaves.values():
@@ -175,12 +181,13 @@ class TrainedWeights(ABC):
     def step(
         self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
     ) -> dict[str, float]:
-        norms = gradient_norms(self._gradient, divisor)
+        norms = gradient_norms(self._gradient, divisor, self._placement.norms)
         norms.check()
         self._settle()
         more = self._norm_metrics(norms, norm_metrics, adam, divisor)
         scale = norms.clipping(adam) / divisor
         update_norm = self._adam.step(self._masters, self._gradient, adam, scale=scale)
+        (update_norm,) = self._placement.norms([update_norm])
         return {"grad_norm": norms.total, "update_norm": update_norm, **more, **self._publish()}
 
     def _norm_metrics(
@@ -188,41 +195,61 @@ class TrainedWeights(ABC):
     ) -> dict[str, float]:
         if asked is GradNormMetrics.OFF:
             return {}
-        largest = max((float(g.abs().max()) for g in self._gradient.values()), default=0.0)
-        weight_norm = math.hypot(*(norm_of(master) for master in self._masters.values()))
+        parts = (gradient for gradient in self._gradient.values() if gradient.numel())
+        largest = self._placement.largest(max((float(g.abs().max()) for g in parts), default=0.0))
+        of_parts = [norm_of(master) for master in self._masters.values()]
+        weight_norm = math.hypot(*self._placement.norms(of_parts))
         return norms.metrics(asked, adam, weight_norm=weight_norm, largest=largest / divisor)
 
     def files(self) -> WeightFiles:
         adam = self._adam
         moments = {f"first:{name}": tensor for name, tensor in adam.first.items()}
         moments |= {f"second:{name}": tensor for name, tensor in adam.second.items()}
-        moments["updates"] = torch.tensor([adam.updates], dtype=torch.int64)
-        return WeightFiles(_raw(self._masters), _raw(moments), _raw(self._gradient))
+        optimizer = self._wholes(moments)
+        optimizer["updates"] = raw(torch.tensor([adam.updates], dtype=torch.int64))
+        return WeightFiles(self._wholes(self._masters), optimizer, self._wholes(self._gradient))
+
+    def _wholes(self, parts: dict[str, Tensor]) -> dict[str, RawTensor]:
+        """One tensor after the other; empty but at rank 0."""
+        wholes = (
+            (key, self._placement.whole(key.removeprefix("first:").removeprefix("second:"), part))
+            for key, part in parts.items()
+        )
+        return {key: raw(whole) for key, whole in wholes if whole is not None}
 
     def check_fits(self, masters: Tensors) -> None:
         wanted = {
-            name: (DTYPE_NAMES[master.dtype], tuple(master.shape))
+            name: (DTYPE_NAMES[master.dtype], self._placement.shape(name, master))
             for name, master in self._masters.items()
         }
         check_layout(wanted, masters)
 
-    @torch.no_grad()
     def restore(self, masters: Tensors, optimizer: Tensors | None, gradient: Tensors) -> None:
+        updates = None if optimizer is None else int(from_raw(optimizer["updates"])[0])
+        moments = optimizer or {}
+        self.take_over(Incoming(updates, list(gradient), masters, moments, gradient))
+
+    @torch.no_grad()
+    def take_over(self, incoming: Incoming) -> None:
         self._settle()
         adam = AdamW(self._masters)
-        if optimizer is not None:
-            adam.updates = int(from_raw(optimizer["updates"])[0])
-            for name in self._masters:
-                adam.first[name].copy_(from_raw(optimizer[f"first:{name}"]))
-                adam.second[name].copy_(from_raw(optimizer[f"second:{name}"]))
         for name, master in self._masters.items():
-            master.copy_(from_raw(masters[name]))
+            self._take(name, master, incoming.masters)
+            if incoming.updates is not None:
+                self._take(name, adam.first[name], incoming.moments, prefix="first:")
+                self._take(name, adam.second[name], incoming.moments, prefix="second:")
+        adam.updates = incoming.updates or 0
         self._adam = adam
         self._gradient = {
-            name: from_raw(tensor).to(self._masters[name].device, copy=True)
-            for name, tensor in gradient.items()
+            name: torch.zeros_like(self._masters[name]) for name in incoming.gradient_names
         }
+        for name, part in self._gradient.items():
+            self._take(name, part, incoming.gradient)
         self._publish()
+
+    def _take(self, name: str, part: Tensor, source: Tensors | None, prefix: str = "") -> None:
+        whole = None if source is None else from_raw(source[prefix + name])
+        self._placement.spread(name, part, whole)
 
     @abstractmethod
     def _settle(self) -> None:
@@ -248,22 +275,23 @@ class FullWeights(TrainedWeights):
     def __init__(self, residence: Residence) -> None:
         residence.use_base()
         leaves: dict[str, Tensor] = dict(residence.model.module.named_parameters())
-        masters = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-        super().__init__(residence, None, masters, leaves)
+        masters = {name: residence.layout.part(leaf).clone() for name, leaf in leaves.items()}
+        super().__init__(residence, None, masters, leaves, residence.layout)
 
     @torch.no_grad()
     def round_into_module(self) -> int:
-        """The module's parameters become the masters' serving values; returns how many moved."""
+        """The module's parameters become the masters' serving values; returns how many moved here."""
         changed = 0
         for name, leaf in self._leaves.items():
-            rounded = self._masters[name].to(self._model.serving_dtype).to(leaf.dtype)
-            changed += int(torch.count_nonzero(rounded != leaf))
-            leaf.copy_(rounded)
+            live = self._placement.part(leaf)
+            rounded = self._masters[name].to(self._model.serving_dtype).to(live.dtype)
+            changed += int(torch.count_nonzero(rounded != live))
+            live.copy_(rounded)
         return changed
 
     def serving(self) -> dict[str, RawTensor]:
         self._settle()
-        return _raw(serving_tensors(self._model))
+        return _raw(self._residence.serving())
 
     def merged(self) -> MergedWeights:
         raise nothing_to_merge()
@@ -276,7 +304,8 @@ class FullWeights(TrainedWeights):
         self._model.module.requires_grad_(True)
 
     def _publish(self) -> dict[str, float]:
-        return {"changed_fraction": self.round_into_module() / self.num_trainable}
+        changed = self._placement.total(self.round_into_module())
+        return {"changed_fraction": changed / self.num_trainable}
 
 
 class LoraWeights(TrainedWeights):
@@ -288,7 +317,8 @@ class LoraWeights(TrainedWeights):
         parameters = adapter.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        super().__init__(residence, adapter, parameters, parameters)
+        placement = residence.placements.of_adapter()
+        super().__init__(residence, adapter, parameters, parameters, placement)
 
     @property
     def adapter(self) -> LoraAdapter:
@@ -305,7 +335,10 @@ class LoraWeights(TrainedWeights):
 
     def merged(self) -> MergedWeights:
         self._settle()
-        tensors = _raw(merged_tensors(self._model, self._lora))
+        base = self._residence.serving()
+        if not base:
+            return MergedWeights({})
+        tensors = _raw(merged_tensors(self._model, self._lora, base))
         if not unties_head(self._model, self._lora):
             return MergedWeights(tensors)
         if self._model.module.config.get_text_config() is not self._model.module.config:
@@ -357,8 +390,12 @@ def _target_logprobs(
     model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTargets
 ) -> Tensor:
     """[T, K], differentiable."""
-    hidden, targets, low_rank = _head_inputs(model, adapter, batch)
-    return target_logprobs(hidden, model.logits_head, targets, low_rank=low_rank)
+
+    def run() -> Tensor:
+        hidden, targets, low_rank = _head_inputs(model, adapter, batch)
+        return target_logprobs(hidden, model.logits_head, targets, low_rank=low_rank)
+
+    return model.run_pass(run)
 
 
 def _head_inputs(
@@ -373,9 +410,12 @@ def _head_inputs(
 def _likeliest(
     model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens, count: int
 ) -> tuple[Float32, Ints]:
-    hidden = _hidden(model, adapter, batch)
-    low_rank = head_update(model, adapter, hidden) if adapter else None
-    logprobs, tokens = likeliest_tokens(hidden, model.logits_head, count, low_rank=low_rank)
+    def run() -> tuple[Tensor, Tensor]:
+        hidden = _hidden(model, adapter, batch)
+        low_rank = head_update(model, adapter, hidden) if adapter else None
+        return likeliest_tokens(hidden, model.logits_head, count, low_rank=low_rank)
+
+    logprobs, tokens = model.run_pass(run)
     return _numpy(logprobs), tokens.cpu().numpy()
 
 
@@ -383,10 +423,14 @@ def _embeddings(
     model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens, pooling: Pooling
 ) -> Tensor:
     """[N, E], differentiable."""
-    rows = _hidden(model, adapter, batch).float().split(batch.lengths)
-    if pooling is Pooling.LAST:
-        return torch.stack([row[-1] for row in rows])
-    return torch.stack([row.mean(0) for row in rows])
+
+    def run() -> Tensor:
+        rows = _hidden(model, adapter, batch).float().split(batch.lengths)
+        if pooling is Pooling.LAST:
+            return torch.stack([row[-1] for row in rows])
+        return torch.stack([row.mean(0) for row in rows])
+
+    return model.run_pass(run)
 
 
 def _raw(tensors: dict[str, Tensor]) -> dict[str, RawTensor]:

@@ -19,7 +19,7 @@ from homefire.trainer.front.gaps import GapTimers
 from homefire.trainer.front.graph_plans import GraphPlans, graph_key
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.operations import CreateHandle, Operation, OperationKind, RunPass
-from homefire.trainer.front.plan import micro_batches
+from homefire.trainer.front.plan import execution_plan
 from homefire.trainer.front.records import (
     Accepted,
     FailedResult,
@@ -265,9 +265,11 @@ class Admission:
 
     def _plan(self, operation: RunPass) -> ExecutionPlan:
         lengths = [row.num_tokens for row in operation.body.rows]
-        budget = self._spec.micro_batch_tokens
-        return ExecutionPlan(
-            micro_batches=micro_batches(lengths, token_budget=budget), threads=self._spec.threads
+        return execution_plan(
+            lengths,
+            token_budget=self._spec.micro_batch_tokens,
+            threads=self._spec.threads,
+            ranks=self._spec.ranks,
         )
 
     def _new_request_id(self) -> str:

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from homefire.wire.engine import ExecutionPlan
 
-def micro_batches(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
-    """Row indices, longest first, filled greedily up to `token_budget` tokens each.
+
+def execution_plan(
+    lengths: Sequence[int], *, token_budget: int, threads: int, ranks: int = 1
+) -> ExecutionPlan:
+    """The cut of a batch of rows of these lengths, `token_budget` tokens at most for each rank."""
+    cut = micro_batches(lengths, token_budget=token_budget, ranks=ranks)
+    return ExecutionPlan(
+        micro_batches=[[row for rows in shares for row in rows] for shares in cut],
+        threads=threads,
+        shares=[[len(rows) for rows in shares] for shares in cut] if ranks > 1 else [],
+    )
+
+
+def micro_batches(
+    lengths: Sequence[int], *, token_budget: int, ranks: int = 1
+) -> list[list[list[int]]]:
+    """Row indices by micro-batch and rank, longest rows first, each to the rank with the fewest tokens,
+    up to `token_budget` tokens a rank.
 
     Neighbours have similar lengths, which is what packed attention likes. A row longer than the
-    budget gets a micro-batch of its own.
+    budget gets a share of its own.
 
-    Example: micro_batches([3, 9, 4], token_budget=8) == [[1], [2, 0]].
+    Example: micro_batches([3, 9, 4], token_budget=8) == [[[1]], [[2, 0]]].
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    filled = 0
+    batches: list[list[list[int]]] = []
+    filled: list[int] = []
     for row in order:
-        if not batches or filled + lengths[row] > token_budget:
-            batches.append([])
-            filled = 0
-        batches[-1].append(row)
-        filled += lengths[row]
+        rank = filled.index(min(filled)) if filled else 0
+        if not filled or (filled[rank] and filled[rank] + lengths[row] > token_budget):
+            batches.append([[] for _ in range(ranks)])
+            filled, rank = [0] * ranks, 0
+        batches[-1][rank].append(row)
+        filled[rank] += lengths[row]
     return batches

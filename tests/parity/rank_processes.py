@@ -1,0 +1,73 @@
+"""An engine of several real ranks, spoken to as its front does, without the front."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from homefire.wire.engine import Arrays, Failure, Reply, Request, Shutdown
+from homefire.wire.engine_frames import decode_reply, encode_request, read_frame
+
+
+class RankedEngine:
+    """`ranks` processes. Raises what the engine reports."""
+
+    def __init__(self, ranks: int, folder: Path, *, timeout_s: float = 120.0) -> None:
+        self._ours, first = socket.socketpair()
+        self._ours.settimeout(timeout_s)
+        pairs = [socket.socketpair() for _ in range(ranks - 1)]
+        common = ["--ranks", str(ranks), "--rendezvous", str(folder / f"ranks-{id(self)}")]
+        self.processes = [
+            _start(
+                first,
+                *common,
+                "--links",
+                ",".join(str(a.fileno()) for a, _ in pairs),
+                keep=[a for a, _ in pairs],
+            )
+            if ranks > 1
+            else _start(first)
+        ]
+        for rank, (_, theirs) in enumerate(pairs, start=1):
+            self.processes.append(_start(theirs, *common, "--rank", str(rank)))
+        for end in (first, *(end for pair in pairs for end in pair)):
+            end.close()
+
+    def ask(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        self._ours.sendall(encode_request(request, arrays))
+        frame = read_frame(self._ours)
+        if frame is None:
+            raise EOFError(f"the engine ended in {type(request).__name__}")
+        reply, found = decode_reply(frame)
+        if isinstance(reply, Failure):
+            raise reply.error.exception()
+        return reply, found
+
+    def close(self) -> list[int]:
+        """Exit statuses."""
+        with contextlib.suppress(OSError, EOFError):
+            self.ask(Shutdown())
+        self._ours.close()
+        return [process.wait(60) for process in self.processes]
+
+
+def _start(end: socket.socket, *arguments: str, keep: list[socket.socket] | None = None):
+    inherited = [end, *(keep or [])]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "homefire.trainer.engine",
+            "--fd",
+            str(end.fileno()),
+            "--kind",
+            "torch",
+            *arguments,
+        ],
+        pass_fds=[s.fileno() for s in inherited],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from homefire.foundation.events import read_events
+from homefire.trainer.front.operations import OWN_PASSES_KEY
 from homefire.wire.internal import SECRET_HEADER, TrainerState, TrainerStatus
 from homefire.wire.specs import EngineKind, TrainerMode, TrainerSpec, Upstream
 
@@ -68,9 +69,10 @@ class FrontProcess:
         return self.result(self.call("create_model", **asked)["request_id"])["model_id"]
 
     def pooled_model(self, session: str) -> str:
-        """An adapter of rank 4 in a pool; any session will do."""
+        """An adapter of rank 4 in a pool that shares no pass with another; any session will do."""
         asked = {"session_id": session, "model_seq_id": 0, "base_model": "tiny"}
-        made = self.call("create_model", **asked, lora_config={"rank": 4})
+        alone = {OWN_PASSES_KEY: "true"}
+        made = self.call("create_model", **asked, lora_config={"rank": 4}, user_metadata=alone)
         return self.result(made["request_id"])["model_id"]
 
     def status(self, *, after: int | None = None) -> TrainerStatus:

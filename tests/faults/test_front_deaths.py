@@ -166,7 +166,8 @@ SESSIONS = [f"ts-{n:016x}" for n in range(3)]
 
 
 def test_models_of_a_pool_that_take_turns_all_survive_the_deaths_of_engine_and_front(start) -> None:
-    """Each model's digest is the one that it has when it trains alone and nothing dies."""
+    """Each model's digest is the one that it has when it trains alone and nothing dies: models with
+    passes of their own, since sums in a shared pass have another order."""
     alone = []
     for session in SESSIONS:
         quiet = start(**POOL)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _STATEFUL_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "hybrid", "hybrid_sliding"}
 """Carry state between tokens: the probe will show that their rows cannot be packed."""
+_WITH_ATTENTION = {"hybrid", "hybrid_sliding"}
+"""Of these, the ones that hold attention too."""
 _LAYERS_BY_TOKEN = {"moe", "mlp"}
 _LEAK_TOLERANCE = 1e-5
 """Nats. Measured 0 for dense models and up to 4e-6 for mixtures of experts, above 2 for hybrids."""
@@ -38,6 +40,8 @@ def refuse_by_config(config: PreTrainedConfig) -> None:
     layers = set(getattr(config, "layer_types", None) or ())
     if odd := sorted(layers - _ATTENTION_LAYERS - _STATEFUL_LAYERS - _LAYERS_BY_TOKEN):
         raise refusal(config, f"it has layers of type {', '.join(odd)}")
+    if layers and not layers & (_ATTENTION_LAYERS | _WITH_ATTENTION):
+        raise refusal(config, "it has no attention layers")
 
 
 def refuse_by_structure(module: PreTrainedModel) -> None:

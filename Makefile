@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler \
-        test-unit test-parity test-contract test-journeys test-faults test-docs test-clients
+        test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ test-unit test-parity test-contract test-journeys test-faults test-docs: install
 test-clients: install ## every version of every client, then docs/compatibility.md
 	$(BIN)/python tests/layers.py clients
 	$(BIN)/python tests/contract/matrix.py --update
+
+test-families: install ## every model family, packed and sampled, against Hugging Face
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity/test_families.py
 
 check: install ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

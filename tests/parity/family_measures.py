@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from homefire.inference.engine.protocol import Prefilled, SequenceRequest
+from homefire.model.layout import RowLayout
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.packed import packed_hidden, packed_logprobs
 from parity.random_decoders import VOCABULARY
@@ -28,6 +29,7 @@ SLOTS, CHUNK = 3, 16
 class Packed:
     """Largest differences from Hugging Face one text at a time."""
 
+    layout: RowLayout
     floor: float
     """Of Hugging Face itself, its texts padded into one batch. Nats."""
     logprob: float
@@ -45,6 +47,7 @@ def packed(directory: Path) -> Packed:
     ours = packed_rows(model, rows)
     weights = torch.randn(sum(map(len, theirs)), generator=torch.Generator().manual_seed(4))
     return Packed(
+        model.layout,
         floor,
         apart(ours, theirs),
         gradient_error(gradients(model.module, ours, weights), gradients(own, theirs, weights)),

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from homefire.inference.engine.embedded import EmbeddedNetwork
 from homefire.model import attention, loading
 from homefire.model.attention_rule import AttentionRule, Reach
 from homefire.model.head import PLAIN
-from homefire.model.layout import RowLayout
 from homefire.model.loading import load_model
 from homefire.wire.errors import Unsupported
-from parity.families import FAMILIES, PACKED, REFUSED, made
+from parity.families import FAMILIES, HYBRID, PACKED, REFUSED, made
 from parity.family_measures import alone, apart, decoded, original, packed, packed_rows, texts
 from parity.family_table import page_verdicts, verdict_of
 
@@ -46,6 +44,7 @@ def chosen(families: dict[str, object]) -> list[object]:
 @pytest.mark.parametrize("family", chosen(PACKED))
 def test_packed_logprobs_and_gradients_equal_hugging_face(directory, family) -> None:
     measured = packed(directory(family))
+    assert measured.layout.value == page_verdicts()[family].training == "packed"
     assert measured.logprob < max(LOGPROB, 5 * measured.floor)
     assert measured.gradient < GRADIENT
 
@@ -53,6 +52,7 @@ def test_packed_logprobs_and_gradients_equal_hugging_face(directory, family) -> 
 @pytest.mark.parametrize("family", chosen(PACKED))
 def test_the_samplers_logprobs_equal_hugging_face(directory, family) -> None:
     assert decoded(directory(family)) < DECODED
+    assert page_verdicts()[family].sampling == "exact"
 
 
 # planted mistakes ----------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_head_taken_for_a_bare_product_shows_and_is_refused_at_load(
         load_model(path)
 
 
-def test_texts_that_are_not_kept_apart_show_and_are_not_packed(directory, monkeypatch) -> None:
+def test_texts_that_are_not_kept_apart_show_and_are_refused(directory, monkeypatch) -> None:
     path = directory("mistral")
     model, rows = load_model(path), texts()
     rows_apart = attention.PackedRows.__init__
@@ -117,7 +117,8 @@ def test_texts_that_are_not_kept_apart_show_and_are_not_packed(directory, monkey
     )
     with torch.no_grad():
         assert apart(packed_rows(model, rows), alone(original(path), rows)) > SHOWS
-    assert load_model(path).layout is RowLayout.PADDED
+    with pytest.raises(Unsupported, match="see one another"):
+        load_model(path)
 
 
 # refusals ------------------------------------------------------------------------------------
@@ -136,15 +137,16 @@ def test_a_model_that_would_not_be_exact_is_refused_by_name(directory, family) -
     with pytest.raises(Unsupported, match=REASONS[family]) as refused:
         load_model(path)
     assert FAMILIES[family].model_type in str(refused.value)
-    with pytest.raises(Unsupported, match=REASONS[family]):
-        EmbeddedNetwork(path, max_running=2, max_context_length=64, threads=1)
+    assert verdict_of(path) == page_verdicts()[family]
 
 
-@pytest.mark.parametrize("family", chosen(FAMILIES))
-def test_the_page_says_what_the_verdict_says(directory, family) -> None:
-    """docs/models.md; `python tests/parity/family_table.py --update` writes it anew."""
-    assert page_verdicts()[family] == verdict_of(directory(family))
+@pytest.mark.long
+@pytest.mark.parametrize("family", HYBRID)
+def test_the_page_says_how_hybrids_run(directory, family) -> None:
+    """Their numbers are held by test_padded_rows.py."""
+    assert verdict_of(directory(family)) == page_verdicts()[family]
 
 
 def test_the_page_has_exactly_these_families() -> None:
+    """docs/models.md; `python tests/parity/family_table.py --update` writes it anew."""
     assert list(page_verdicts()) == list(FAMILIES)

@@ -90,7 +90,7 @@ def test_rows_that_are_not_separated_are_refused_at_load(make_directory, monkeyp
         (
             "mamba2",
             {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2},
-            "takes no position_ids",
+            "it has no attention layers",
         ),
     ],
 )

@@ -70,10 +70,9 @@ async def _replay(spec: TrainerSpec, *, verify: bool) -> tuple[Verified | None, 
 
 
 async def _start_engine(spec: TrainerSpec) -> Engine:
-    from homefire.trainer.front.engine_process import EngineProcess
+    from homefire.trainer.front.engine_ranks import start_engine
 
-    log = Path(spec.job_dir) / "engine.log"
-    return await EngineProcess.start(spec.engine, threads=spec.threads, log=log)
+    return await start_engine(spec)
 
 
 class _Progress:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -78,18 +79,21 @@ class EngineProcess:
         self._writer = writer
 
     @classmethod
-    async def start(cls, kind: EngineKind, *, threads: int, log: Path) -> EngineProcess:
-        """The child inherits its end of a socket pair; what it prints is appended to `log`."""
+    async def start(
+        cls,
+        kind: EngineKind,
+        *,
+        threads: int,
+        log: Path,
+        arguments: Sequence[str] = (),
+        links: Sequence[socket.socket] = (),
+    ) -> EngineProcess:
+        """The child inherits its end of a socket pair, and `links`; what it prints is appended to
+        `log`."""
         ours, theirs = socket.socketpair()
-        with theirs, log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "homefire.trainer.engine"),
-                *("--fd", str(theirs.fileno()), "--kind", kind.value),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        with theirs:
+            process = await start_rank(
+                kind, theirs, threads=threads, log=log, arguments=arguments, links=links
             )
         reader, writer = await asyncio.open_connection(sock=ours)
         return cls(process, reader, writer)
@@ -133,3 +137,25 @@ class EngineProcess:
         if self._process.returncode is None:
             self._process.kill()
         return await self._process.wait()
+
+
+async def start_rank(
+    kind: EngineKind,
+    end: socket.socket,
+    *,
+    threads: int,
+    log: Path,
+    arguments: Sequence[str] = (),
+    links: Sequence[socket.socket] = (),
+) -> asyncio.subprocess.Process:
+    """One process of an engine, with its end of a socket."""
+    with log.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "homefire.trainer.engine"),
+            *("--fd", str(end.fileno()), "--kind", kind.value, *arguments),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[inherited.fileno() for inherited in (end, *links)],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )

@@ -11,7 +11,8 @@ from homefire.checkpoints import CheckpointStore, DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.events import EventLog
 from homefire.trainer.front.admission import Admission
-from homefire.trainer.front.engine_process import Engine, EngineProcess
+from homefire.trainer.front.engine_process import Engine
+from homefire.trainer.front.engine_ranks import start_engine
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.journal import Journal, read_journal
@@ -110,8 +111,7 @@ class Front:
         )
 
     async def _start_process(self) -> Engine:
-        log = Path(self.spec.job_dir) / "engine.log"
-        return await EngineProcess.start(self.spec.engine, threads=self.spec.threads, log=log)
+        return await start_engine(self.spec)
 
     async def _open_model(self, engine: Engine) -> LiveModel:
         return await open_model(engine, self.spec, self.store, self.policy, self._graphs)

@@ -369,64 +369,6 @@ HYBRID: dict[str, Family] = {
         {"layer_types": _alternating("conv", "full_attention"), "block_multiple_of": 16},
         "short convolutions",
     ),
-}
-
-HYBRID: dict[str, Family] = {
-    "qwen3_next": Family(
-        "qwen3_next",
-        {**_ROUTED, **_DELTA_NET, "shared_expert_intermediate_size": 32},
-        "gated delta net",
-    ),
-    "qwen3_5": Family("qwen3_5_text", _DELTA_NET, "gated delta net"),
-    "falcon_h1": Family(
-        "falcon_h1",
-        {**_MAMBA, "mamba_d_ssm": 128, "mamba_d_conv": 4, "lm_head_multiplier": 0.5},
-        "mamba beside attention",
-    ),
-    "granitemoehybrid": Family(
-        "granitemoehybrid",
-        {
-            **_MAMBA,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "shared_intermediate_size": 32,
-            "layer_types": _alternating("mamba", "attention"),
-            "logits_scaling": 3.0,
-        },
-        "mamba layers",
-    ),
-    "bamba": Family("bamba", {**_MAMBA, "attn_layer_indices": [1, 3]}, "mamba layers"),
-    "nemotron_h": Family(
-        "nemotron_h",
-        {
-            "layers_block_type": ["mamba", "attention", "mamba", "attention"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 32,
-            "ssm_state_size": 16,
-            "n_groups": 1,
-            "chunk_size": 8,
-            "head_dim": 16,
-        },
-        "mamba layers",
-    ),
-    "jamba": Family(
-        "jamba",
-        {
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 8,
-            "use_mamba_kernels": False,
-        },
-        "mamba layers, experts",
-    ),
-    "lfm2": Family(
-        "lfm2",
-        {"layer_types": _alternating("conv", "full_attention"), "block_multiple_of": 16},
-        "short convolutions",
-    ),
     "minimax": Family(
         "minimax",
         {

@@ -141,5 +141,5 @@ def test_each_row_of_a_mixed_batch_equals_a_forward_of_its_merged_weights(direct
 def test_a_model_with_a_cache_of_its_own_trains_but_is_not_served(directory):
     path = directory("minimax")
     assert load_model(path).layout == "padded"
-    with pytest.raises(Unsupported, match=r"'minimax' can be trained but not served.*cache of its"):
+    with pytest.raises(Unsupported, match=r"'minimax' can be trained but not served.*own cache"):
         EmbeddedNetwork(path, max_running=2, max_context_length=64, threads=1)

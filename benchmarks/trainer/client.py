@@ -92,7 +92,7 @@ def _training_client(homefire: Homefire, model: Model) -> tinker.TrainingClient:
     name = str(model.directory)
     endpoint = jobs.create_and_wait(TrainerJobConfig(base_model=name))
     service = tinker.ServiceClient(base_url=endpoint.base_url, api_key=tinker_key(homefire.key))
-    return service.create_lora_training_client(name, rank=0)
+    return service.create_lora_training_client(name, rank=0).result()
 
 
 def _datums(batch: Arrays) -> list[tinker.Datum]:

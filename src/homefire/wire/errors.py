@@ -24,6 +24,7 @@
     │   ├── FailedPrecondition       the resource is in a state that does not allow this
     │   │   └── TooManyModels        a pooled trainer holds as many models as it may
     │   ├── NonFiniteGradient        NaN or Inf in a loss or gradient; nothing was stepped
+    │   ├── OutOfMemory              the device has no room for this batch
     │   ├── SizeCapExceeded          a snapshot would exceed the size cap
     │   ├── WeightsMismatch          the asked identity is not what is being served
     │   ├── Unsupported              a feature of the protocol that this version refuses by name
@@ -193,6 +194,11 @@ class TooManyModels(FailedPrecondition):
 
 class NonFiniteGradient(UserError):
     code = "non_finite_gradient"
+
+
+class OutOfMemory(UserError):
+    code = "out_of_memory"
+    grpc_code = 8
 
 
 class SizeCapExceeded(UserError):

@@ -16,10 +16,12 @@ from homefire.model.lora import head_update
 from homefire.model.packed import PendingBackward, fused_loss, packed_hidden, target_logprobs
 from homefire.model.packed_lora import Segment, applied_by_segment
 from homefire.trainer.engine.network import Float32, Part
+from homefire.trainer.engine.out_of_memory import named_out_of_memory
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.torch_weights import LoraWeights
 
 
+@named_out_of_memory()
 def backward_together(residence: Residence, parts: Sequence[Part]) -> list[Float32]:
     """Logprobs [T, K] of each part; its gradient is added aside on its weights."""
     model = residence.model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from homefire.trainer.engine.network import Float32
+from homefire.trainer.engine.out_of_memory import named_out_of_memory
 
 _Saved = tuple[Tensor, int]
 """A tensor that the backward needs, and its version: autograd's own check is off under hooks."""
@@ -45,6 +46,7 @@ class TorchGraph:
     def is_intact(self) -> bool:
         return self._logprobs is not None
 
+    @named_out_of_memory()
     def backward(self, gradient: Float32) -> None:
         self._settle()
         logprobs = self._kept()

@@ -47,6 +47,10 @@ from homefire.trainer.engine.network import (
     WeightFiles,
     nothing_to_merge,
 )
+from homefire.trainer.engine.out_of_memory import (
+    ending_when_out_of_memory,
+    named_out_of_memory,
+)
 from homefire.trainer.engine.ranks.placement import Incoming, Placement
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.torch_graph import TorchGraph, push
@@ -62,16 +66,19 @@ class ReferenceWeights:
     def __init__(self, residence: Residence) -> None:
         self._residence = residence
 
+    @named_out_of_memory()
     @torch.no_grad()
     def logprobs(self, batch: PackedTargets) -> Float32:
         self._residence.use_base()
         return _numpy(_target_logprobs(self._residence.model, None, batch))
 
+    @named_out_of_memory()
     @torch.no_grad()
     def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
         self._residence.use_base()
         return _likeliest(self._residence.model, None, batch, count)
 
+    @named_out_of_memory()
     @torch.no_grad()
     def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
         self._residence.use_base()
@@ -108,21 +115,25 @@ class TrainedWeights(ABC):
         shapes = (self._placement.shape(name, master) for name, master in self._masters.items())
         return sum(math.prod(shape) for shape in shapes)
 
+    @named_out_of_memory()
     @torch.no_grad()
     def logprobs(self, batch: PackedTargets) -> Float32:
         self._settle()
         return _numpy(_target_logprobs(self._model, self._adapter, batch))
 
+    @named_out_of_memory()
     @torch.no_grad()
     def likeliest(self, batch: PackedTokens, count: int) -> tuple[Float32, Ints]:
         self._settle()
         return _likeliest(self._model, self._adapter, batch, count)
 
+    @named_out_of_memory()
     @torch.no_grad()
     def embeddings(self, batch: PackedTokens, pooling: Pooling) -> Float32:
         self._settle()
         return _numpy(_embeddings(self._model, self._adapter, batch, pooling))
 
+    @named_out_of_memory()
     def backward(self, batch: PackedTargets, gradient_of: GradientOf) -> Float32:
         self._settle()
         logprobs = _target_logprobs(self._model, self._adapter, batch)
@@ -130,6 +141,7 @@ class TrainedWeights(ABC):
         self._push(logprobs, gradient_of(values))
         return values
 
+    @named_out_of_memory()
     def graph(self, batch: PackedTargets) -> TorchGraph:
         self._settle()
         graph = TorchGraph(
@@ -140,6 +152,7 @@ class TrainedWeights(ABC):
         self._residence.watch(graph)
         return graph
 
+    @named_out_of_memory()
     def fused_backward(self, batch: PackedTargets, gradient_of: SpanGradientOf) -> Float32:
         self._settle()
         hidden, targets, low_rank = _head_inputs(self._model, self._adapter, batch)
@@ -150,6 +163,7 @@ class TrainedWeights(ABC):
         head = self._model.logits_head
         return _numpy(fused_backward(hidden, head, targets, on_device, low_rank=low_rank))
 
+    @named_out_of_memory()
     def embedding_backward(
         self, batch: PackedTokens, pooling: Pooling, gradient: Float32
     ) -> Float32:
@@ -178,6 +192,7 @@ class TrainedWeights(ABC):
     def clear_gradient(self) -> None:
         self._gradient = {}
 
+    @ending_when_out_of_memory()
     def step(
         self, adam: AdamParams, divisor: float, norm_metrics: GradNormMetrics
     ) -> dict[str, float]:

@@ -143,6 +143,16 @@ def make_trainer(tmp_path: Path, tiny_directory: Path) -> Callable[..., Trainer]
 
 
 @pytest.fixture
+def make_trainer_of(tmp_path: Path, tiny_directory: Path) -> Callable[..., Trainer]:
+    """The same over an engine of the caller's."""
+
+    def make(build: Callable[[], SlotEngine], job: str) -> Trainer:
+        return Trainer(tmp_path, tiny_directory, build, job)
+
+    return make
+
+
+@pytest.fixture
 def make_batch() -> Callable[..., Arrays]:
     """A cross-entropy batch by seed, lengths and vocabulary size."""
     return random_batch

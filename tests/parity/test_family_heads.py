@@ -9,7 +9,7 @@ from homefire.inference.engine.protocol import SequenceRequest, ServedWeights, W
 from homefire.model import lora
 from homefire.model.loading import load_model
 from homefire.model.packed import packed_hidden, target_logprobs
-from homefire.model.tensors import raw
+from homefire.model.tensors import raw, serving_tensors
 from homefire.wire.ids import Identity
 from homefire.wire.manifest import CheckpointKind, LoraManifest, whole_digest
 from homefire.wire.tensors import digest_tensors
@@ -67,7 +67,8 @@ def test_the_samplers_logprobs_equal_the_merged_models(directory, adapter) -> No
 def test_a_merged_head_is_served_as_the_adapter_was(directory, adapter) -> None:
     """Granite's and Phi's head is its own, Gemma's and Cohere's was tied to the embedding."""
     model = load_model(directory)
-    tensors = {name: raw(tensor) for name, tensor in lora.merged_tensors(model, adapter).items()}
+    whole = lora.merged_tensors(model, adapter, serving_tensors(model))
+    tensors = {name: raw(tensor) for name, tensor in whole.items()}
     served = ServedWeights(Identity("merged-1"), whole_digest(digest_tensors(tensors)))
     bench = open_bench(directory)
     swap(bench, WeightSet(served, CheckpointKind.BASE, tensors))

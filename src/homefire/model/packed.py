@@ -85,14 +85,18 @@ def fused_backward(
     chunk: int = HEAD_CHUNK,
     *,
     low_rank: LowRank | None = None,
+    always: bool = False,
 ) -> Tensor:
     """`target_logprobs` and its backward, in one sweep over the chunks: no logits are computed twice.
 
     targets int64 [M, K]. `gradient_of` is asked for each chunk's derivative while its logits exist, so
     it must not depend on other tokens. Gradients are added to the leaves, with the bits that
-    `target_logprobs(...).backward(...)` gives.
+    `target_logprobs(...).backward(...)` gives. Where all is zero nothing is pushed, unless `always`:
+    a backward that other ranks share waits for this one.
     """
-    logprobs, pending = fused_loss(hidden, head, targets, gradient_of, chunk, low_rank=low_rank)
+    logprobs, pending = fused_loss(
+        hidden, head, targets, gradient_of, chunk, low_rank=low_rank, always=always
+    )
     if pending is not None:
         pending.output.backward(pending.gradient)
     return logprobs
@@ -114,13 +118,15 @@ def fused_loss(
     chunk: int = HEAD_CHUNK,
     *,
     low_rank: LowRank | None = None,
+    always: bool = False,
 ) -> tuple[Tensor, PendingBackward | None]:
-    """The head's part of `fused_backward`: logprobs, and the backward behind it; None without gradient."""
+    """The head's part of `fused_backward`: logprobs, and the backward behind it; None without
+    gradient, unless `always`."""
     if not isinstance(head.form, ScaledLogits):
         logprobs = target_logprobs(hidden, head, targets, chunk, low_rank=low_rank)
         grad = gradient_of(logprobs.detach(), slice(0, len(targets)))
-        return logprobs.detach(), PendingBackward(logprobs, grad) if grad.any() else None
-    is_pushed = False
+        return logprobs.detach(), PendingBackward(logprobs, grad) if always or grad.any() else None
+    is_pushed = always
 
     def noting(logprobs: Tensor, span: slice) -> Tensor:
         nonlocal is_pushed

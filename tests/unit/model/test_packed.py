@@ -138,3 +138,19 @@ def test_a_token_without_gradient_costs_no_product_and_adds_nothing(inputs):
     target_logprobs(hidden, Head(weight), torch.arange(7)[:, None], 4).backward(grad)
     assert weight.grad.isfinite().all()
     assert not hidden.grad[2].any()
+
+
+@pytest.mark.parametrize("form", [PLAIN, FORMS["unknown"]], ids=["plain", "unknown"])
+def test_a_backward_that_others_share_runs_where_there_is_nothing_to_push(inputs, form):
+    hidden, weight = inputs[:2]
+    targets, ran = torch.arange(7)[:, None], []
+    hidden.register_hook(ran.append)
+
+    def nothing(logprobs, span):
+        return torch.zeros_like(logprobs)
+
+    fused_backward(hidden, Head(weight, form=form), targets, nothing)
+    assert not ran
+    fused_backward(hidden, Head(weight, form=form), targets, nothing, always=True)
+    assert len(ran) == 1
+    assert not ran[0].any()

@@ -161,7 +161,11 @@ class TrainedWeights(ABC):
             return torch.from_numpy(gradient_of(_numpy(logprobs), span)).to(logprobs.device)
 
         head = self._model.logits_head
-        return _numpy(fused_backward(hidden, head, targets, on_device, low_rank=low_rank))
+        always = self._placement.is_shared
+        logprobs = fused_backward(
+            hidden, head, targets, on_device, low_rank=low_rank, always=always
+        )
+        return _numpy(logprobs)
 
     @named_out_of_memory()
     def embedding_backward(

@@ -21,6 +21,8 @@ from homefire.model.loading import LoadedModel
 from homefire.model.lora import new_adapter
 from homefire.model.packed import packed_hidden, target_logprobs
 from homefire.model.packed_lora import reaches_segments
+from homefire.trainer.engine.ranks.opening import TorchJoining
+from homefire.trainer.engine.ranks.rank_group import RankPlace
 from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.wire.engine import (
     AdamParams,
@@ -33,6 +35,7 @@ from homefire.wire.engine import (
     OptimStep,
     SlotKind,
 )
+from homefire.wire.errors import Unsupported
 from parity.random_decoders import HYBRID, VOCABULARY, load, random_decoder, saved
 
 torch.set_num_threads(1)
@@ -181,19 +184,21 @@ def bfloat16_directory(tmp_path) -> Path:
     return saved(random_decoder("qwen3_5").bfloat16().float(), tmp_path / "model")
 
 
+def open_model(directory: Path, store: Path) -> OpenModel:
+    return OpenModel(
+        model_dir=str(directory),
+        base_model="hybrid",
+        store_root=str(store),
+        account="local",
+        job="job-1",
+        threads=1,
+        max_context_length=64,
+    )
+
+
 def open_engine(directory: Path, store: Path):
     engine = torch_engine()
-    engine.open_model(
-        OpenModel(
-            model_dir=str(directory),
-            base_model="hybrid",
-            store_root=str(store),
-            account="local",
-            job="job-1",
-            threads=1,
-            max_context_length=64,
-        )
-    )
+    engine.open_model(open_model(directory, store))
     return engine
 
 
@@ -228,3 +233,9 @@ def test_an_engine_trains_such_a_model_from_its_own_logprobs(kind, bfloat16_dire
     for _ in range(3):
         train(engine, "policy")
     assert forward(engine, "policy").mean() > before.mean() + 0.5
+
+
+def test_several_ranks_refuse_such_a_model_by_name(bfloat16_directory, tmp_path):
+    place = RankPlace(rank=0, num_ranks=2, rendezvous=tmp_path / "ranks")
+    with pytest.raises(Unsupported, match="carries state between tokens"):
+        TorchJoining(place).load(open_model(bfloat16_directory, tmp_path / "store"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
+from homefire.model.layout import RowLayout
 from homefire.model.loading import LoadedModel
 from homefire.trainer.engine.engine import OpenNetwork, SlotEngine
 from homefire.trainer.engine.ranks import commands
@@ -15,6 +16,7 @@ from homefire.trainer.engine.ranks.rank_group import RankGroup, RankPlace
 from homefire.trainer.engine.ranks.sharding import ManyRanks, shard_model
 from homefire.trainer.engine.torch_engine import TorchNetwork, load, network_of
 from homefire.wire.engine import OpenModel
+from homefire.wire.errors import Unsupported
 
 
 class TorchJoining:
@@ -25,7 +27,14 @@ class TorchJoining:
         self._loaded: tuple[LoadedModel, OpenModel] | None = None
 
     def load(self, request: OpenModel) -> None:
-        self._loaded = load(request), request
+        model = load(request)
+        if model.layout is RowLayout.PADDED:
+            # Ranks cut their own rows into padded batches: one with more of them would wait for ever.
+            raise Unsupported(
+                f"{model.architecture} carries state between tokens: it trains on one rank only",
+                hint="ask for one rank",
+            )
+        self._loaded = model, request
 
     def join(self) -> TorchNetwork:
         if self._loaded is None:

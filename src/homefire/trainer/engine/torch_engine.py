@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from homefire.foundation import memory
+from homefire.foundation.clock import Clock
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
 from homefire.trainer.engine.engine import SlotEngine
@@ -25,8 +26,8 @@ from homefire.wire.engine import LoraSpec, OpenModel
 from homefire.wire.errors import Unsupported
 
 
-def torch_engine() -> SlotEngine:
-    return SlotEngine(open_network)
+def torch_engine(clock: Clock | None = None) -> SlotEngine:
+    return SlotEngine(open_network, clock=clock)
 
 
 def open_network(request: OpenModel) -> TorchNetwork:

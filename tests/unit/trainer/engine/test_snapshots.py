@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -145,9 +146,9 @@ def test_unknown_types_names_and_slots_without_weights_are_refused(make_trainer)
 
 def test_a_snapshot_above_the_cap_is_refused_and_training_goes_on(make_trainer, monkeypatch):
     trainer = make_trainer().open()
-    network, bucket, limit = trainer.engine._opened
-    capped = type(bucket)(**{**bucket.__dict__, "cap_bytes": 1000})
-    trainer.engine._opened = network, capped, limit
+    opened = trainer.engine._opened
+    capped = replace(opened.bucket, cap_bytes=1000)
+    trainer.engine._opened = replace(opened, bucket=capped)
     with pytest.raises(SizeCapExceeded, match="1000"):
         trainer.save("one", "base")
     assert trainer.train(0).step().step == 2

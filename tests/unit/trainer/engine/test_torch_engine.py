@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from homefire.checkpoints import DirectoryStore, materialize
+from homefire.foundation.clock import ManualClock
 from homefire.model.loading import load_model
 from homefire.model.tensors import memory_digest
 from homefire.trainer.engine.serve import serve
@@ -41,7 +42,10 @@ BOTH = pytest.mark.parametrize("kind", [SlotKind.FULL, SlotKind.LORA])
 @pytest.fixture
 def make_trainer(tmp_path, tiny_directory):
     def make(job="job-1"):
-        return Trainer(tmp_path, tiny_directory, torch_engine, job)
+        def engine():
+            return torch_engine(ManualClock())
+
+        return Trainer(tmp_path, tiny_directory, engine, job)
 
     return make
 

@@ -148,7 +148,9 @@ class _Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
-        while not self._server.started:
+        while not self._server.started:  # uvicorn has no event for it
+            if not self._thread.is_alive():
+                raise RuntimeError("the measured server ended while it started")
             time.sleep(0.01)
 
     def stop(self) -> None:

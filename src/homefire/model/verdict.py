@@ -86,7 +86,8 @@ def refuse_inexact_decoding(model: LoadedModel) -> None:
     try:
         error = probe.decoding_error(model)
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as exc:
-        raise _unserved(model, "its state is not in transformers' own cache") from exc
+        why = f"its state is not in transformers' own cache ({type(exc).__name__}: {exc})"
+        raise _unserved(model, why) from exc
     if not error <= _ERROR_TOLERANCE:
         raise _unserved(
             model, f"texts decoded beside each other differ from each alone by {error:.1e} nats"

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from homefire.model.loading import LoadedModel
 from homefire.model.tensors import live_tensors
-from homefire.trainer.engine.ranks.placement import Placement
+from homefire.trainer.engine.ranks.placement import Placement, Undivided
 from homefire.trainer.engine.ranks.rank_group import RankGroup
 from homefire.wire.errors import Unsupported
 
@@ -142,7 +142,7 @@ class Sharded:
         return padded
 
 
-class Copied:
+class Copied(Undivided):
     """Implements `Placement`: every rank has all of an adapter, and of its gradient the part that came
     from its own rows."""
 
@@ -152,12 +152,6 @@ class Copied:
     @property
     def is_shared(self) -> bool:
         return True
-
-    def part(self, leaf: Tensor) -> Tensor:
-        return leaf.detach()
-
-    def part_of_whole(self, whole: Tensor, leaf: Tensor) -> Tensor:
-        return whole
 
     def gradients(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One sum for all. A leaf that only other ranks' rows reached counts as zero here."""
@@ -172,18 +166,6 @@ class Copied:
             name: piece.view(gradient.shape)
             for (name, gradient), piece in zip(mine.items(), pieces, strict=True)
         }
-
-    def norms(self, of_parts: Sequence[float]) -> list[float]:
-        return list(of_parts)
-
-    def total(self, of_parts: int) -> int:
-        return of_parts
-
-    def largest(self, of_part: float) -> float:
-        return of_part
-
-    def shape(self, name: str, part: Tensor) -> tuple[int, ...]:
-        return tuple(part.shape)
 
     def whole(self, name: str, part: Tensor) -> Tensor | None:
         return part if self._group.is_first else None

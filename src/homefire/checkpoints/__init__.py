@@ -9,6 +9,8 @@ from homefire.checkpoints.lineage import check_stands_alone, resolve_chain
 from homefire.checkpoints.materialize import Held, Materialized, materialize
 from homefire.checkpoints.model_directory import read_model_directory
 from homefire.checkpoints.promote import PromoteResult, PromoteSpec, promote
+from homefire.checkpoints.removal import Doomed, RemovalResult, RemovalSpec
+from homefire.checkpoints.retention import Verdict, decide, in_order_of_deletion
 from homefire.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from homefire.checkpoints.snapshots import SnapshotInfo, write_base, write_delta, write_lora
 from homefire.checkpoints.states import read_state, write_state
@@ -34,6 +36,7 @@ __all__ = [
     "CheckpointStore",
     "DeltaCodec",
     "DirectoryStore",
+    "Doomed",
     "EncodedTensor",
     "FileEntry",
     "Held",
@@ -43,16 +46,21 @@ __all__ = [
     "PromoteResult",
     "PromoteSpec",
     "RawTensor",
+    "RemovalResult",
+    "RemovalSpec",
     "SnapshotInfo",
     "Staged",
     "TensorEntry",
     "Tensors",
+    "Verdict",
     "check_stands_alone",
+    "decide",
     "decode_tensor",
     "digest_tensors",
     "encode_tensor",
     "ensure_tiny",
     "file_entry",
+    "in_order_of_deletion",
     "materialize",
     "numpy_array",
     "promote",

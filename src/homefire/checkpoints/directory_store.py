@@ -85,6 +85,7 @@ class DirectoryStore:
             created_at=self._clock.now(),
             expires_at=expires_at,
             public=False,
+            pinned=False,
         )
         with self.stage(to) as staged:
             for name in manifest.files:
@@ -140,6 +141,9 @@ class DirectoryStore:
 
     def publish(self, key: CheckpointKey, *, public: bool) -> Manifest:
         return self._amend(key, lambda m: msgspec.structs.replace(m, public=public))
+
+    def pin(self, key: CheckpointKey, *, pinned: bool) -> Manifest:
+        return self._amend(key, lambda m: msgspec.structs.replace(m, pinned=pinned))
 
     def prune(self, is_needed: Callable[[Manifest], bool]) -> Sequence[CheckpointKey]:
         return [key for job in self.root.glob("*/*") for key in self._prune_job(job, is_needed)]

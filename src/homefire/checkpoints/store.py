@@ -9,6 +9,7 @@
     jobs        who has something
     expire_at   when one ends
     publish     whether other accounts may load it
+    pin         whether it stays whatever its age
     delete      take one away
     prune       take away what has ended
 
@@ -124,6 +125,10 @@ class CheckpointStore(Protocol):
         ...
 
     def publish(self, key: CheckpointKey, *, public: bool) -> Manifest:
+        """The manifest as it now is. UnknownSnapshot."""
+        ...
+
+    def pin(self, key: CheckpointKey, *, pinned: bool) -> Manifest:
         """The manifest as it now is. UnknownSnapshot."""
         ...
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoint_files
+from homefire.cli import checkpoint_files, checkpoint_retention
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
@@ -33,10 +33,12 @@ _COLUMNS = (
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "checkpoint",
-        help="list, promote, export, compare or verify the checkpoints of a trainer job",
+        help="list, promote, export, compare, verify, pin or prune the checkpoints of a trainer job",
     )
     verbs = parser.add_subparsers(
-        dest="verb", metavar="list|get|delete|promote|export|diff|verify", required=True
+        dest="verb",
+        metavar="list|get|delete|promote|pin|unpin|prune|retention|export|diff|verify",
+        required=True,
     )
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
         leaf = verbs.add_parser(verb, help=f"{verb} checkpoint{'s' if verb == 'list' else ''}")
@@ -51,6 +53,7 @@ def add_parser(commands: Commands) -> None:
         add_json(leaf)
         leaf.set_defaults(run=run)
     _add_promote(verbs)
+    checkpoint_retention.add_verbs(verbs)
     checkpoint_files.add_verbs(verbs)
 
 

@@ -68,6 +68,9 @@ class Server:
     def post(self, path: str, body: Any) -> Any:
         return json.loads(self._request("POST", path, {}, body))
 
+    def put(self, path: str, body: Any) -> Any:
+        return json.loads(self._request("PUT", path, {}, body))
+
     def _request(
         self, method: str, path: str, query: dict[str, Any], body: Any | None = None
     ) -> bytes:

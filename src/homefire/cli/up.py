@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from homefire.cli.checkpoint_retention import duration_s
 from homefire.cli.options import Commands, add_home, home_of
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 8700
 DEFAULT_POOL_IDLE_S = 1800.0
+DEFAULT_TOMBSTONE_S = 30 * 86400.0
 
 EPILOG = """\
 examples:
@@ -83,6 +85,13 @@ def add_parser(commands: Commands) -> None:
         help="never trim a trainer's journal, so that `homefire trainer replay` can start at step 0"
         " (it grows by every batch that is sent)",
     )
+    parser.add_argument(
+        "--tombstone-retention",
+        type=duration_s,
+        default=DEFAULT_TOMBSTONE_S,
+        metavar="TIME",
+        help="how long a deleted job's checkpoints stay, e.g. 7d (default: 30d)",
+    )
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM private key")
     parser.add_argument(
@@ -116,6 +125,7 @@ class UpOptions:
     pool_idle_s: float = DEFAULT_POOL_IDLE_S
     keep_journals: bool = False
     held_graphs_gib: float | None = None
+    tombstone_retention_s: float = DEFAULT_TOMBSTONE_S
 
     def __post_init__(self) -> None:
         from homefire.cli.addresses import check_exposure, check_tls, check_url
@@ -147,6 +157,7 @@ class UpOptions:
             pool_idle_s=arguments.pool_idle,
             keep_journals=arguments.keep_journals,
             held_graphs_gib=arguments.held_graphs,
+            tombstone_retention_s=arguments.tombstone_retention,
         )
 
 
@@ -245,6 +256,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         engine=EngineKind(options.engine),
         pool_idle_s=options.pool_idle_s,
         keep_journals=options.keep_journals,
+        tombstone_retention_s=options.tombstone_retention_s,
         held_graph_bytes=_bytes(options.held_graphs_gib),
     )
     gateway = GatewaySpec(

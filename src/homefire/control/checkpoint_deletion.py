@@ -36,10 +36,10 @@ class CheckpointDeletion:
     async def delete(self, manifest: Manifest) -> None:
         """FailedPrecondition, naming it, while something rests on the checkpoint: a delta, a
         deployment, a job whose trainer cannot be asked to do without."""
-        needs = await self._needs()
+        needs = await self.needs()
         if loading := needs.jobs_that_load(manifest):
             await asyncio.gather(*map(self._forget_loads, loading))
-            needs = await self._needs()
+            needs = await self.needs()
 
         def work() -> None:
             siblings = self.store.list(manifest.account, manifest.job, slot=manifest.slot)
@@ -52,7 +52,7 @@ class CheckpointDeletion:
 
     async def prune(self) -> Sequence[CheckpointKey]:
         """What expired a while ago and nothing rests on goes."""
-        needs = await self._needs()
+        needs = await self.needs()
         return await asyncio.to_thread(self.store.prune, needs.is_needed)
 
     async def prune_for_ever(self) -> None:
@@ -73,7 +73,8 @@ class CheckpointDeletion:
             with contextlib.suppress(Unavailable):
                 await client.post("/internal/forget_loads", {}, dict[str, str])
 
-    async def _needs(self) -> Needs:
+    async def needs(self) -> Needs:
+        """What rests on checkpoints now."""
         since = self.clock.now() - LIVE_S
 
         def read(connection: sqlite3.Connection) -> Needs:

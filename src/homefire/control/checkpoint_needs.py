@@ -41,8 +41,20 @@ class Needs:
         """By anybody, so that it is not pruned. Its owner may delete what is only being sampled."""
         return self.refusal(manifest) is not None or self._is_sampled(manifest)
 
+    def need(self, manifest: Manifest) -> str | None:
+        """What rests on it, in words; its descendants are not looked at."""
+        refusal = self.refusal(manifest)
+        if refusal is not None:
+            return refusal.message
+        return "a live session samples it" if self._is_sampled(manifest) else None
+
     def refusal(self, manifest: Manifest) -> FailedPrecondition | None:
         """What stands against the deletion; a snapshot's descendants are not looked at."""
+        if manifest.pinned:
+            return FailedPrecondition(
+                f"checkpoint {manifest.identity!r} is pinned",
+                hint="unpin it first, with `homefire checkpoint unpin`",
+            )
         match manifest.family:
             case CheckpointFamily.SAMPLER:
                 return self._served(manifest)

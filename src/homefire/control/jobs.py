@@ -32,6 +32,7 @@ from homefire.wire.errors import (
 )
 from homefire.wire.ids import new_id
 from homefire.wire.resources import JobState, TrainerJobRequest
+from homefire.wire.retention import RetentionPolicy
 from homefire.wire.specs import TrainerMode
 
 LARGEST_LORA_RANK = 1024
@@ -135,6 +136,7 @@ class Jobs:
         _refuse(request)
         asked = request.training_config
         shape = self._shape(training_shape, promoted)
+        retention = (request.retention or RetentionPolicy()).check()
         name = asked.base_model or (shape.base_model if shape else None)
         if not name:
             raise InvalidArgument(
@@ -155,6 +157,7 @@ class Jobs:
             max_context_length=_context_length(asked.max_context_length, shape, model),
             need=need,
             micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity),
+            retention=retention,
         )
 
     def _shape(self, name: str | None, promoted: list[ModelRow]) -> Shape | None:

@@ -37,6 +37,7 @@ from homefire.control.processes import ProcessPlan
 from homefire.control.promotions import Promotions
 from homefire.control.reconcile import Reconciler
 from homefire.control.replica_keeper import ReplicaKeeper
+from homefire.control.retention import Retention
 from homefire.control.routing import route_table
 from homefire.control.run_records import RunRecords
 from homefire.control.status import status_report
@@ -112,7 +113,7 @@ class ControlPlane:
         self.routes: Versioned[RouteTable] = Versioned(RouteTable(version=version), version=version)
         self._build(launcher, connect)
         self._loop: asyncio.Task[None] | None = None
-        self._pruning: asyncio.Task[None] | None = None
+        self._pruning: list[asyncio.Task[None]] = []
         self.stopping = False
 
     def _build(self, launcher: Launcher, connect: Connect) -> None:
@@ -187,6 +188,16 @@ class ControlPlane:
             clock=self.clock,
         )
         self.records = RunRecords(self.database, self.store, self.home, self.clock, self.deletion)
+        self.retention = Retention(
+            self.database,
+            self.store,
+            str(self.home.store),
+            self.deletion,
+            launcher,
+            self.home,
+            self.clock,
+            tombstone_s=self.spec.tombstone_retention_s,
+        )
         self.tinker = TinkerPlane(
             database=self.database,
             store=self.store,
@@ -219,7 +230,10 @@ class ControlPlane:
         await self.reconciler.adopt()
         await self.promotions.resume()
         self._loop = asyncio.create_task(self.reconciler.run())
-        self._pruning = asyncio.create_task(self.deletion.prune_for_ever())
+        self._pruning = [
+            asyncio.create_task(self.deletion.prune_for_ever()),
+            asyncio.create_task(self.retention.apply_for_ever()),
+        ]
 
     async def stop_processes(self) -> None:
         """A clean stop: every process ends, every row stays, so that the next start resumes them.
@@ -321,9 +335,9 @@ class ControlPlane:
             await asyncio.gather(self._loop, return_exceptions=True)
 
     async def _stop_pruning(self) -> None:
-        if self._pruning is not None:
-            self._pruning.cancel()
-            await asyncio.gather(self._pruning, return_exceptions=True)
+        for task in self._pruning:
+            task.cancel()
+        await asyncio.gather(*self._pruning, return_exceptions=True)
 
     async def _tend(self, world: World) -> tuple[bool, float | None]:
         return await self.tinker.tend(world)

@@ -83,6 +83,7 @@ def job_resource(job: JobRow, *, store: Path) -> TrainerJob:
         use_reservation=request.use_reservation,
         reservation_target=request.reservation_target,
         preemptible=request.preemptible,
+        retention=None if config.retention.is_empty else config.retention,
     )
 
 
@@ -214,6 +215,7 @@ def checkpoint_row(manifest: Manifest) -> CheckpointRow:
         parent=manifest.parent,
         kind=manifest.kind.value,
         expire_time=None if expires is None else rfc3339(expires),
+        pinned=manifest.pinned,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from homefire.checkpoints import CheckpointStore
+from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.control.checkpoint_deletion import CheckpointDeletion
 from homefire.control.db import tables
 from homefire.control.db.database import Database
@@ -66,6 +66,14 @@ class RunRecords:
 
     async def delete_checkpoint(self, job: JobRow, name: str) -> None:
         """Refuses, naming it, while something rests on the checkpoint: a delta, a deployment, a job."""
+        await self.deletion.delete(await self._checkpoint(job, name))
+
+    async def pin_checkpoint(self, job: JobRow, name: str, *, pinned: bool) -> Manifest:
+        """The manifest as it now is."""
+        key = CheckpointKey.of(await self._checkpoint(job, name))
+        return await asyncio.to_thread(lambda: self.store.pin(key, pinned=pinned))
+
+    async def _checkpoint(self, job: JobRow, name: str) -> Manifest:
         manifests = await self.checkpoints(job)
         found = [m for m in manifests if m.identity == name]
         if not found:
@@ -75,9 +83,9 @@ class RunRecords:
             paths = ", ".join(f"{m.slot}/{m.family}/{name}" for m in found)
             raise FailedPrecondition(
                 f"job {job.id!r} has {len(found)} checkpoints called {name!r}: {paths}",
-                hint="delete one by its path, with `tinker checkpoint delete`",
+                hint="name one by its path, with `tinker checkpoint …`",
             )
-        await self.deletion.delete(found[0])
+        return found[0]
 
     async def lineage(self, job: JobRow) -> Lineage:
         evaluations = await self.evaluations(job.account)

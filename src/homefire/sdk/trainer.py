@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import httpx
+import msgspec
 
 from homefire.sdk.config import CreatedTrainerJob, TrainerJobConfig, TrainerServiceEndpoint
 from homefire.sdk.connection import ASK_ONCE, Json, held_timeout_s, raise_for_status
@@ -16,6 +17,7 @@ from homefire.sdk.progress import Progress
 from homefire.wire.ids import job_name as resource_name
 from homefire.wire.ids import new_id
 from homefire.wire.resources import JobState
+from homefire.wire.retention import RetentionPolicy
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +187,44 @@ class TrainerJobManager(FireworksClient):
     def get_lineage(self, job_id: str) -> dict[str, Any]:
         """Steps, snapshots, hot loads and evaluations of the job, and their edges."""
         return self._connection.call("GET", f"{self._path(job_id)}/lineage")
+
+    def get_retention(self, job_id: str) -> dict[str, Any]:
+        """Which checkpoints of the job stay; every rule is null where all do."""
+        return self._connection.call("GET", f"{self._path(job_id)}/retention")
+
+    def set_retention(
+        self,
+        job_id: str,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        ttl_seconds: float | None = None,
+        keep_best: str | None = None,
+        lower_is_better: bool = False,
+    ) -> dict[str, Any]:
+        """Replaces the job's policy: a checkpoint stays when any rule keeps it; without rules all do.
+
+        What something rests on stays in any case. A homefire route.
+        """
+        policy = RetentionPolicy(
+            keep_last=keep_last,
+            keep_every=keep_every,
+            ttl_seconds=ttl_seconds,
+            keep_best=keep_best,
+            lower_is_better=lower_is_better,
+        )
+        body = msgspec.to_builtins(policy)
+        return self._connection.call("PUT", f"{self._path(job_id)}/retention", body=body)
+
+    def prune_checkpoints(self, job_id: str, *, dry_run: bool = False) -> dict[str, Any]:
+        """Applies the job's policy now. Every checkpoint with `keep` and `why`, and `freedBytes`."""
+        path = f"{self._path(job_id)}/checkpoints:prune"
+        return self._connection.call("POST", path, body={"dryRun": dry_run})
+
+    def pin_checkpoint(self, job_id: str, name: str, *, pinned: bool = True) -> dict[str, Any]:
+        """A pinned checkpoint neither expires nor is pruned. The checkpoint's row."""
+        verb = "pin" if pinned else "unpin"
+        return self._connection.call("POST", f"{self._path(job_id)}/checkpoints/{name}:{verb}")
 
     def _path(self, job_id: str) -> str:
         return f"/v1/{resource_name(self.account_id, job_id)}"

@@ -86,13 +86,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_elements: int = 0
     lora: LoraManifest | None = None
     expires_at: float | None = None
-    """Unix time in seconds. Like `public` it may change after the commit; nothing else does."""
+    """Unix time in seconds. Like `public` and `pinned` it may change after the commit; nothing else does."""
     metadata: dict[str, str] = {}
     homefire_version: str = ""
     external: bool = False
     """It belongs to the family EXTERNAL; its kind says what the directory is."""
     public: bool = False
     """Other accounts may load it."""
+    pinned: bool = False
+    """It neither expires nor is pruned. May change after the commit, as `expires_at` may."""
 
     @property
     def family(self) -> CheckpointFamily:
@@ -103,7 +105,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def has_expired(self, now: float) -> bool:
         """From then on it is neither listed nor loaded by name; pruning deletes it."""
-        return self.expires_at is not None and self.expires_at <= now
+        return not self.pinned and self.expires_at is not None and self.expires_at <= now
 
 
 def whole_digest(tensors: dict[str, TensorEntry]) -> str:

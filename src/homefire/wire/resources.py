@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from homefire.wire.retention import RetentionPolicy
 from homefire.wire.specs import TrainerMode
 
 
@@ -168,6 +169,8 @@ class TrainerJobRequest(msgspec.Struct, frozen=True, rename="camel", kw_only=Tru
     use_reservation: bool | None = None
     reservation_target: str | None = None
     preemptible: bool | None = None
+    retention: RetentionPolicy | None = None
+    """Which checkpoints stay. Ours."""
 
 
 class TrainerJob(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -196,6 +199,8 @@ class TrainerJob(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     use_reservation: bool | None = None
     reservation_target: str | None = None
     preemptible: bool | None = None
+    retention: RetentionPolicy | None = None
+    """Ours: absent where everything stays."""
 
 
 class TrainerJobList(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
@@ -382,6 +387,7 @@ class CheckpointRow(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     kind: str
     """`base`, `delta`, `lora` or `state`."""
     expire_time: str | None = None
+    pinned: bool = False
 
 
 class CheckpointList(msgspec.Struct, frozen=True, rename="camel", kw_only=True):

@@ -143,6 +143,8 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Of every trainer; see TrainerSpec."""
     pool_idle_s: float = 1800.0
     """A root plane's trainer or sampler that nobody used for so long is parked; 0 = never."""
+    tombstone_retention_s: float = 30 * 86400.0
+    """How long a deleted job's checkpoints stay."""
     capacity_threads: int = 0
     """Engine threads that may be handed out; 0 = twice the cores (an idle engine costs nothing)."""
     capacity_memory_bytes: int = 0

@@ -98,7 +98,7 @@ async def test_a_state_stays_while_a_recovery_would_load_it(
     await control.create_job()
     state = bench.save_state("mark", slot=slot)
     trainer.say("state_loaded", model_id="m", name=path)
-    needs = await control.plane.deletion._needs()
+    needs = await control.plane.deletion.needs()
     assert needs.is_needed(state) is is_needed
 
 
@@ -108,7 +108,7 @@ async def test_a_job_that_ended_behind_a_recovery_point_needs_nothing(bench, con
     trainer.say("state_loaded", model_id="m", name="mark")
     await control.call("DELETE", "/v1/accounts/local/rlorTrainerJobs/j1")
     await control.job_becomes("JOB_STATE_DELETED")
-    assert not (await control.plane.deletion._needs()).is_needed(state)
+    assert not (await control.plane.deletion.needs()).is_needed(state)
 
 
 async def test_what_a_deployment_serves_is_needed_under_its_slot_only(bench, control):
@@ -117,7 +117,7 @@ async def test_what_a_deployment_serves_is_needed_under_its_slot_only(bench, con
     served, other = bench.save_snapshot("a"), bench.save_snapshot("a", slot=RUN)
     headers = {"fireworks-deployment": "accounts/local/deployments/d1"}
     await control.call("POST", "/hot_load/v1/models/hot_load", {"identity": "a"}, headers=headers)
-    needs = await control.plane.deletion._needs()
+    needs = await control.plane.deletion.needs()
     assert (needs.is_needed(served), needs.is_needed(other)) == (True, False)
 
 

@@ -15,6 +15,7 @@ from homefire.wire.resources import (
     ModelState,
     TrainerJobRequest,
 )
+from homefire.wire.retention import RetentionPolicy
 from homefire.wire.specs import TrainerMode
 
 
@@ -74,6 +75,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Token budget of one micro-batch. The default is that of jobs made before it was recorded."""
     pooled: bool = False
     """A trainer of the root Tinker plane: its models have slots of their own."""
+    retention: RetentionPolicy = RetentionPolicy()
+    """Which checkpoints stay; may change at any time."""
 
 
 class JobRow(msgspec.Struct, frozen=True, kw_only=True):

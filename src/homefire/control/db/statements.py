@@ -42,6 +42,10 @@ NOTE_JOB = "UPDATE jobs SET message = :message, updated_at = :now WHERE id = :id
 # What control knows about the job's process, whatever the state: a pid must never get lost.
 SUPERVISE_JOB = "UPDATE jobs SET supervision = :supervision WHERE id = :id"
 
+# What the user changed of a job, whatever its state. A tombstone's age is that of its last update,
+# so this is none.
+CONFIGURE_JOB = "UPDATE jobs SET config = :config WHERE id = :id"
+
 # --- deployments ------------------------------------------------------------------------------
 
 # A new deployment; a constraint error means that the id is taken.

@@ -12,6 +12,7 @@ from homefire.control.db.rows import (
     DeploymentRow,
     DesiredWeights,
     EvaluationRow,
+    JobConfig,
     JobRow,
     ModelRow,
     OperationRow,
@@ -72,6 +73,10 @@ def note_job(connection: Connection, job: JobRow, message: str, *, now: float) -
 
 def supervise_job(connection: Connection, job_id: str, supervision: Supervision) -> None:
     connection.execute(sql.SUPERVISE_JOB, {"supervision": as_json(supervision), "id": job_id})
+
+
+def configure_job(connection: Connection, job_id: str, config: JobConfig) -> None:
+    connection.execute(sql.CONFIGURE_JOB, {"config": as_json(config), "id": job_id})
 
 
 def insert_deployment(connection: Connection, deployment: DeploymentRow) -> None:

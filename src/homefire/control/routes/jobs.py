@@ -15,7 +15,14 @@ from homefire.control.routes.accounts import own_account
 from homefire.http.bodies import json_response, read_json
 from homefire.wire.errors import Unsupported
 from homefire.wire.records import Lineage, MetricsEntry, MetricsRecord, MetricsRow
-from homefire.wire.resources import CheckpointList, TrainerJob, TrainerJobList, TrainerJobRequest
+from homefire.wire.resources import (
+    CheckpointList,
+    CheckpointRow,
+    TrainerJob,
+    TrainerJobList,
+    TrainerJobRequest,
+)
+from homefire.wire.retention import PruneReport, PruneRequest, RetentionPolicy
 
 _ALL = "/v1/accounts/{account}/rlorTrainerJobs"
 _ONE = f"{_ALL}/{{job}}"
@@ -87,6 +94,29 @@ async def delete_checkpoint(plane: ControlPlane, request: Request) -> Response:
     return json_response({})
 
 
+async def pin_checkpoint(plane: ControlPlane, request: Request) -> Response:
+    return await _pin(plane, request, pinned=True)
+
+
+async def unpin_checkpoint(plane: ControlPlane, request: Request) -> Response:
+    return await _pin(plane, request, pinned=False)
+
+
+async def prune_checkpoints(plane: ControlPlane, request: Request) -> Response:
+    job, asked = await _job(plane, request), await read_json(request, PruneRequest)
+    report = await plane.retention.prune(job, policy=asked.policy, dry_run=asked.dry_run)
+    return json_response(report)
+
+
+async def get_retention(plane: ControlPlane, request: Request) -> Response:
+    return json_response((await _job(plane, request)).config.retention)
+
+
+async def set_retention(plane: ControlPlane, request: Request) -> Response:
+    job, policy = await _job(plane, request), await read_json(request, RetentionPolicy)
+    return json_response((await plane.retention.set_policy(job, policy)).config.retention)
+
+
 async def get_metrics(plane: ControlPlane, request: Request) -> Response:
     return json_response(MetricsRecord(await plane.records.metrics(await _job(plane, request))))
 
@@ -99,6 +129,13 @@ async def add_metrics(plane: ControlPlane, request: Request) -> Response:
 
 async def get_lineage(plane: ControlPlane, request: Request) -> Response:
     return json_response(await plane.records.lineage(await _job(plane, request)))
+
+
+async def _pin(plane: ControlPlane, request: Request, *, pinned: bool) -> Response:
+    job, name = await _job(plane, request), request.path_params["checkpoint"]
+    return json_response(
+        checkpoint_row(await plane.records.pin_checkpoint(job, name, pinned=pinned))
+    )
 
 
 async def _job(plane: ControlPlane, request: Request) -> JobRow:
@@ -145,6 +182,37 @@ ENDPOINTS = [
         f"{_ONE}/checkpoints/{{checkpoint}}",
         delete_checkpoint,
         "Delete one that nothing rests on",
+    ),
+    Endpoint(
+        "POST",
+        f"{_ONE}/checkpoints:prune",
+        prune_checkpoints,
+        "Apply the retention policy now, or show what it would do with `dryRun`",
+        PruneReport,
+        PruneRequest,
+    ),
+    Endpoint(
+        "POST",
+        f"{_ONE}/checkpoints/{{checkpoint}}:pin",
+        pin_checkpoint,
+        "Keep a checkpoint whatever its age",
+        CheckpointRow,
+    ),
+    Endpoint(
+        "POST",
+        f"{_ONE}/checkpoints/{{checkpoint}}:unpin",
+        unpin_checkpoint,
+        "Let retention decide again",
+        CheckpointRow,
+    ),
+    Endpoint("GET", f"{_ONE}/retention", get_retention, "Which checkpoints stay", RetentionPolicy),
+    Endpoint(
+        "PUT",
+        f"{_ONE}/retention",
+        set_retention,
+        "Set which checkpoints stay, also of a deleted job",
+        RetentionPolicy,
+        RetentionPolicy,
     ),
     Endpoint("GET", f"{_ONE}/metrics", get_metrics, "The job's record", MetricsRecord),
     Endpoint("POST", f"{_ONE}/metrics", add_metrics, "Add to the record", MetricsRow, MetricsEntry),

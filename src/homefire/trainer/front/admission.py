@@ -58,7 +58,7 @@ class Submission:
     """An operation as the journal will have it."""
 
     kind: OperationKind
-    encoded: bytes
+    packed: bytes
     digest: str
     plan: ExecutionPlan | None
     graph_key: str | None = None
@@ -101,10 +101,11 @@ class Admission:
         """Pure; takes milliseconds per MB, so large operations are prepared off the event loop."""
         encoded = operations.encode(operation)
         kind, digest = operations.kind_of(operation), operations.digest_of(encoded)
+        packed = operations.pack(encoded)
         if not isinstance(operation, RunPass):
-            return Submission(kind, encoded, digest, None)
+            return Submission(kind, packed, digest, None)
         plan = self._plan(operation)
-        return Submission(kind, encoded, digest, plan, graph_key(operation.body, plan))
+        return Submission(kind, packed, digest, plan, graph_key(operation.body, plan))
 
     async def create_session(self) -> str:
         session_id = self._policy.new_session_id()
@@ -216,7 +217,7 @@ class Admission:
             key=key,
             digest=submission.digest,
             kind=submission.kind,
-            operation=submission.encoded,
+            operation=submission.packed,
             plan=self._with_graph(model, submission),
             at=self._clock.now(),
         )
@@ -260,7 +261,7 @@ class Admission:
             raise Overloaded(
                 f"{model} has {load.num_requests} waiting requests", hint="retry later"
             )
-        if load.size_bytes + len(submission.encoded) > MAX_WAITING_BYTES:
+        if load.size_bytes + len(submission.packed) > MAX_WAITING_BYTES:
             raise Overloaded(f"{model} has {load.size_bytes} waiting bytes", hint="retry later")
 
     def _plan(self, operation: RunPass) -> ExecutionPlan:

@@ -131,9 +131,8 @@ class Journal:
             self._flushing = None
 
     async def _commit(self, batch: list[_Entry]) -> None:
-        frame = _frame([entry.encoded for entry in batch])
         try:
-            await self._in_writer(self._write, frame)
+            await self._in_writer(self._write, [entry.encoded for entry in batch])
         except OSError as exc:
             for entry in batch:
                 _fail(entry.durable, _unwritable(exc))
@@ -153,7 +152,9 @@ class Journal:
         else:
             _succeed(done)
 
-    async def _in_writer(self, call: Callable[..., None], *arguments: int | bytes) -> None:
+    async def _in_writer(
+        self, call: Callable[..., None], *arguments: int | bytes | list[bytes]
+    ) -> None:
         await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
 
     def _take_batch(self) -> list[_Entry]:
@@ -166,8 +167,9 @@ class Journal:
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
-    def _write(self, frame: bytes) -> None:
+    def _write(self, records: list[bytes]) -> None:
         """A failed write is taken back, so that later frames do not follow half a one."""
+        frame = _frame(records)
         try:
             _write_all(self._file, frame, self._durable_bytes)
             failpoint("journal.before_fsync")

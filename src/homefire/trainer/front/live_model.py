@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 from homefire.checkpoints import CheckpointStore
+from homefire.trainer.front import operations
 from homefire.trainer.front.engine_process import Engine, ask, expect
 from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.operations import (
@@ -39,9 +40,6 @@ from homefire.wire.errors import (
 )
 from homefire.wire.specs import TrainerSpec
 from homefire.wire.tinker import PassOutput
-
-_PREPARE_OFF_LOOP_ABOVE = 100_000
-"""Bytes of an operation."""
 
 
 class LiveModel:
@@ -152,7 +150,7 @@ class LiveModel:
 
     async def checked(self, request: Request, operation: RunPass) -> Batch:
         """The pass's batch; raises the first thing that is wrong with it."""
-        if len(request.operation) > _PREPARE_OFF_LOOP_ABOVE:
+        if len(request.operation) > operations.OFF_LOOP_ABOVE:
             return await asyncio.to_thread(check_batch, operation.body, self.limits)
         return check_batch(operation.body, self.limits)
 

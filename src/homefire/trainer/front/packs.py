@@ -101,7 +101,7 @@ def _may_join(request: Request, handle: Handle, model: LiveModel) -> bool:
 
 async def member_of(request: Request, handle: Handle, model: LiveModel) -> Member:
     """Raises what is wrong with the request, or why it is never packed."""
-    operation = operations.decode(request.operation)
+    operation = await operations.decode_off_loop(request.operation)
     if not isinstance(operation, RunPass) or request.plan is None:
         raise InternalError(f"{request.request_id} is not a pass with a plan")
     batch = await model.checked(request, operation)

@@ -28,7 +28,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     digest: str
     kind: OperationKind
     operation: bytes
-    """Canonical encoding (`operations.encode`)."""
+    """Canonical encoding (`operations.encode`), packed."""
     plan: ExecutionPlan | None = None
     at: float
 

@@ -136,7 +136,7 @@ class Recovery:
     ) -> None:
         if accepted is None or accepted.kind not in _CHANGING:
             return
-        operation = operations.decode(accepted.operation)
+        operation = await operations.decode_off_loop(accepted.operation)
         if not completed.ok:
             await self._replay_failure(model, accepted, operation, completed)
             return
@@ -174,7 +174,9 @@ class Recovery:
             return await run_pack(pack, model)
         except HomefireError:
             return [
-                await model.run(request, operations.decode(request.operation), handle)
+                await model.run(
+                    request, await operations.decode_off_loop(request.operation), handle
+                )
                 for request, handle in zip(requests, handles, strict=True)
             ]
 

@@ -276,7 +276,7 @@ class Worker:
     async def _run_alone(self, model: LiveModel, request: Request) -> None:
         self._turns.note(request)
         handle = self._ledger.handles[request.model_id]
-        operation = operations.decode(request.operation)
+        operation = await operations.decode_off_loop(request.operation)
         await self._keep_what_was_loaded(model, operation)
         started = self._clock.monotonic()
         try:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 
@@ -11,6 +13,7 @@ from homefire.trainer.front.operations import (
     decode,
     digest_of,
     encode,
+    pack,
     step_optimizer,
 )
 from homefire.trainer.front.save_requests import save_snapshot
@@ -123,3 +126,21 @@ def test_the_digest_does_not_depend_on_the_order_in_which_fields_came() -> None:
     second = RunPass(Pass(rows=[Row(b"", {"b": two, "a": one})], loss_fn="x"))
     assert digest_of(encode(first)) == digest_of(encode(second))
     assert decode(encode(first)) == first
+
+
+def a_pass(tokens: bytes) -> RunPass:
+    return RunPass(Pass(rows=[Row(tokens, {})], loss_fn="cross_entropy"))
+
+
+def test_what_repeats_is_kept_compressed_and_decodes_to_the_same() -> None:
+    encoded = encode(a_pass(bytes(range(64)) * 1000))
+    packed = pack(encoded)
+    assert len(packed) < len(encoded) // 50
+    assert decode(packed) == decode(encoded) == a_pass(bytes(range(64)) * 1000)
+
+
+def test_what_would_not_shrink_is_kept_as_it_is() -> None:
+    noise = hashlib.shake_256(b"noise").digest(20_000)
+    encoded = encode(a_pass(noise))
+    assert pack(encoded) == encoded
+    assert pack(encode(StepOptimizer(AdamParams(), GradNormalization.NONE))).startswith(b"\x84")

@@ -11,7 +11,7 @@ import pytest
 
 from faults.resumable import STEPS, engine_pid, front_pid, undisturbed_digest, weights_digest
 from homefire.foundation.process import identify, is_alive
-from journeys.loop import start_loop
+from journeys.loop import ADAM, BATCH, start_loop
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +43,21 @@ def test_a_stop_and_a_new_up_in_the_middle_of_a_run_lose_nothing(homefire_up, un
     loop.train(STEPS - 3)
     assert weights_digest(loop, "final") == undisturbed
     assert [event["step"] for event in loop.events("optim_step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_paused_job_holds_nothing_and_its_next_operation_goes_on_with_the_same_bits(
+    homefire_up, undisturbed
+):
+    server = homefire_up()
+    loop = start_loop(server)
+    loop.train(3)
+    loop.client.forward_backward(BATCH, "cross_entropy").result()
+    processes = [identify(engine_pid(loop)), identify(front_pid(loop))]
+    assert "PAUSED" in server.cli("trainer", "pause", loop.job.job_id).stdout
+    assert not any(is_alive(process) for process in processes)
+    loop.client.optim_step(ADAM).result()
+    loop.train(1)
+    server.cli("trainer", "pause", loop.job.job_id)
+    assert "RUNNING" in server.cli("trainer", "resume", loop.job.job_id).stdout
+    loop.train(STEPS - 5)
+    assert weights_digest(loop, "final") == undisturbed

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoints, trainer_replay
+from homefire.cli import checkpoints, trainer_pause, trainer_replay
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table
@@ -117,13 +117,14 @@ def add_parser(commands: Commands) -> None:
     for kind in KINDS:
         verbs = _add_kind(commands, kind)
         if kind.command == "trainer":
+            trainer_pause.add_verbs(verbs)
             trainer_replay.add_verb(verbs)
     checkpoints.add_parser(commands)
 
 
 def _add_kind(commands: Commands, kind: ResourceKind) -> Commands:
     parser = commands.add_parser(kind.command, help=f"list, get or delete {kind.noun}s")
-    verbs = parser.add_subparsers(dest="verb", metavar="list|get|delete", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
         leaf = verbs.add_parser(verb, help=f"{verb} {kind.noun}{'s' if verb == 'list' else ''}")
         if verb != "list":

@@ -36,6 +36,7 @@ from homefire.wire.retention import RetentionPolicy
 from homefire.wire.specs import TrainerMode
 
 LARGEST_LORA_RANK = 1024
+PAUSED_MESSAGE = "paused; its next operation, or `homefire trainer resume`, goes on where it was"
 _DURATION = re.compile(r"\d{1,9}(\.\d{1,9})?s")
 
 
@@ -100,24 +101,39 @@ class Jobs:
         """The same job goes on behind its last applied operation. A job that runs is left alone."""
         return await self._request(account, job_id, JobEvent.RESUME)
 
+    async def pause(self, account: str, job_id: str) -> JobRow:
+        """Its trainer stops behind a recovery point and gives its room back; see `resume`, `wake`."""
+        return await self._request(account, job_id, JobEvent.PAUSE, message=PAUSED_MESSAGE)
+
     async def delete(self, account: str, job_id: str) -> JobRow:
         """Leaves a tombstone. A second time changes nothing."""
         return await self._request(account, job_id, JobEvent.DELETE)
 
-    async def _request(self, account: str, job_id: str, event: JobEvent) -> JobRow:
-        job = await self.database.transact(lambda c: self._move(c, account, job_id, event))
+    async def _request(
+        self, account: str, job_id: str, event: JobEvent, *, message: str = ""
+    ) -> JobRow:
+        def move(connection: sqlite3.Connection) -> JobRow:
+            return self._move(connection, account, job_id, event, message=message)
+
+        job = await self.database.transact(move)
         self.reconciler.wake()
         return job
 
     def _move(
-        self, connection: sqlite3.Connection, account: str, job_id: str, event: JobEvent
+        self,
+        connection: sqlite3.Connection,
+        account: str,
+        job_id: str,
+        event: JobEvent,
+        *,
+        message: str,
     ) -> JobRow:
         job = find_job(connection, account, job_id)
         if (job.state, event) in JOB_ALREADY:
             return job
         to, now = job_after(job, event), self.clock.now()
         completed_at = now if to in JOB_ENDED else None
-        tables.advance_job(connection, job, to, message="", now=now, completed_at=completed_at)
+        tables.advance_job(connection, job, to, message=message, now=now, completed_at=completed_at)
         if event is JobEvent.RESUME:
             tables.supervise_job(connection, job.id, after_request(job.supervision))
             admit_if_room(connection, find_job(connection, account, job_id), self.capacity, now=now)

@@ -31,6 +31,8 @@ class JobEvent(StrEnum):
     """The user asked to stop it."""
     RESUME = "resume"
     """The user asked to go on, or a request came for a parked one."""
+    PAUSE = "pause"
+    """The user asked for its room; it goes on with the next operation, or when asked to."""
     PARK = "park"
     """Nobody used this trainer of the root plane for a while."""
     REVIVE = "revive"
@@ -47,14 +49,17 @@ JOB_TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (J.PENDING, E.ADMITTED): J.CREATING,
     (J.PENDING, E.CANCEL): J.CANCELLED,
     (J.PENDING, E.DELETE): J.DELETING,
+    (J.PENDING, E.PAUSE): J.PAUSED,
     (J.PENDING, E.PARK): J.PAUSED,
     (J.CREATING, E.READY): J.RUNNING,
     (J.CREATING, E.FAILED): J.FAILED,
     (J.CREATING, E.CANCEL): J.CANCELLING,
+    (J.CREATING, E.PAUSE): J.PAUSED,
     (J.CREATING, E.DELETE): J.DELETING,
     (J.RUNNING, E.FAILED): J.FAILED,
     (J.RUNNING, E.CANCEL): J.CANCELLING,
     (J.RUNNING, E.DELETE): J.DELETING,
+    (J.RUNNING, E.PAUSE): J.PAUSED,
     (J.RUNNING, E.PARK): J.PAUSED,
     (J.CANCELLING, E.STOPPED): J.CANCELLED,
     (J.CANCELLING, E.DELETE): J.DELETING,
@@ -82,6 +87,7 @@ JOB_ALREADY: frozenset[tuple[JobState, JobEvent]] = frozenset(
         (J.RUNNING, E.RESUME),
         (J.CANCELLING, E.CANCEL),
         (J.CANCELLED, E.CANCEL),
+        (J.PAUSED, E.PAUSE),
         (J.DELETING, E.DELETE),
         (J.DELETED, E.DELETE),
     }

@@ -55,6 +55,7 @@ from homefire.launch import Launcher
 from homefire.wire.ids import DEFAULT_ACCOUNT
 from homefire.wire.internal import RouteTable
 from homefire.wire.records import StatusReport
+from homefire.wire.resources import JobState
 from homefire.wire.specs import ControlSpec
 
 
@@ -271,7 +272,7 @@ class ControlPlane:
         """The job; while it is in transition the answer waits."""
         return await self.holder.hold(
             lambda: self.jobs.get(account, job_id),
-            settled=lambda job: job.state not in JOB_IN_TRANSITION,
+            settled=lambda job: job.state not in JOB_IN_TRANSITION and not _is_draining(job),
         )
 
     async def held_deployment(self, account: str, deployment_id: str) -> DeploymentView:
@@ -368,3 +369,8 @@ class ControlPlane:
 def _state_of(connection: sqlite3.Connection, resource: str) -> str | None:
     row = tables.job(connection, resource) or tables.deployment(connection, resource)
     return None if row is None else row.state.value
+
+
+def _is_draining(job: JobRow) -> bool:
+    """It is paused, and its trainer still writes its recovery point."""
+    return job.state is JobState.PAUSED and job.supervision.process is not None

@@ -91,7 +91,7 @@ def gateway_routes(
     )
     control = Plane(control_plane.answer)
     root = Plane(root_plane.answer)
-    training = Plane(TrainingPlane(trainers).answer)
+    training = Plane(TrainingPlane(trainers, calls).answer)
     inference = Plane(InferencePlane(router, calls, upstreams).answer)
 
     async def internal_health(_: Request) -> Response:

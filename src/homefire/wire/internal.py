@@ -222,7 +222,7 @@ class SamplerPlace(msgspec.Struct, frozen=True):
 
 
 class Wake(msgspec.Struct, frozen=True):
-    """A request came for a root job or sampler that is parked: start it again."""
+    """A request came for a job that is paused or a sampler that is parked: start it again."""
 
     account: str
     service: str

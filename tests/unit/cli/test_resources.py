@@ -273,3 +273,26 @@ def test_sizes_are_written_for_people():
         "5.0 MiB",
         "3.0 TiB",
     ]
+
+
+def status_with(pid: int | None) -> dict:
+    return {**STATUS, "jobs": [{**STATUS["jobs"][0], "pid": pid}]}
+
+
+def test_pause_waits_until_the_processes_have_ended(homefire, control):
+    paused = {**JOB, "state": "JOB_STATE_PAUSED"}
+    pids = iter([7, None])
+    control.answers[f"POST /v1/{JOB['name']}:pause"] = paused
+    control.answers[f"GET /v1/{JOB['name']}"] = paused
+    control.answers["GET /v1/homefire/status"] = lambda _: status_with(next(pids))
+    outcome = homefire("trainer", "pause", "job-1")
+    assert (outcome.status, outcome.out) == (0, "job-1: PAUSED ([not markup])\n")
+    assert next(pids, "asked twice") == "asked twice"
+
+
+def test_resume_waits_until_the_trainer_runs_and_says_when_it_does_not(homefire, control):
+    states = iter(["JOB_STATE_CREATING", "JOB_STATE_RUNNING", "JOB_STATE_FAILED"])
+    control.answers[f"POST /v1/{JOB['name']}:resume"] = {**JOB, "state": "JOB_STATE_PENDING"}
+    control.answers[f"GET /v1/{JOB['name']}"] = lambda _: {**JOB, "state": next(states)}
+    assert homefire("trainer", "resume", JOB["name"]).status == 0
+    assert homefire("trainer", "resume", "job-1").status == 1

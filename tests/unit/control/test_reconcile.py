@@ -554,3 +554,33 @@ async def test_a_stop_in_the_middle_of_a_start_leaves_nothing_running(
     assert len(bench.launcher.started) == 1
     assert not bench.launcher.running()
     assert await control.job() == "JOB_STATE_CREATING"
+
+
+async def test_a_paused_job_gives_its_room_back_and_goes_on_in_its_folder_when_woken(
+    bench: Any, control: Any
+) -> None:
+    await control.create_job()
+    await control.job_becomes("JOB_STATE_RUNNING")
+    answer = await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:pause")
+    assert answer["state"] == "JOB_STATE_PAUSED"
+    assert "homefire trainer resume" in answer["status"]["message"]
+    again = await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:pause")
+    assert again["state"] == "JOB_STATE_PAUSED"
+    await control.call("GET", "/v1/accounts/local/rlorTrainerJobs/j1")  # held until it has ended
+    assert bench.trainer().process.signals == ["SIGTERM"]
+    assert (await control.plane.status("local")).capacity.threads_used == 0
+    await control.call("POST", "/internal/tinker/wake", {"account": "local", "service": "j1"})
+    await control.job_becomes("JOB_STATE_RUNNING")
+    assert len(bench.launcher.started) == 2
+
+
+async def test_a_job_that_was_cancelled_is_neither_paused_nor_woken(
+    bench: Any, control: Any
+) -> None:
+    await control.create_job()
+    await control.job_becomes("JOB_STATE_RUNNING")
+    await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:cancel")
+    await control.job_becomes("JOB_STATE_CANCELLED")
+    await control.call("POST", "/v1/accounts/local/rlorTrainerJobs/j1:pause", expect=400)
+    await control.call("POST", "/internal/tinker/wake", {"account": "local", "service": "j1"})
+    assert await control.job() == "JOB_STATE_CANCELLED"

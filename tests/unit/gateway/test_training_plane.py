@@ -214,3 +214,37 @@ async def test_a_front_that_breaks_off_before_answering_is_a_503(stack):
     assert answer.status_code == 503
     future = await client.post(f"{BASE}/retrieve_future", json={"request_id": "r"})
     assert future.status_code == 408
+
+
+async def paused(stack, woken: list[str], trainer) -> None:
+    async def wake(request: web.Request) -> web.Response:
+        woken.append((await request.json())["service"])
+        stack.route_trainer("job-1", trainer.upstream)
+        return web.json_response({})
+
+    stack.control.answer_root = wake
+    stack.route_trainer("job-1", None, "JOB_STATE_PAUSED", "paused; `homefire trainer resume`")
+
+
+@pytest.mark.parametrize("operation", ["forward_backward", "create_session", "save_weights"])
+async def test_an_operation_wakes_a_paused_trainer_and_goes_on(stack, operation):
+    stack.use_holds(Holds(request_s=60, future_s=60, look_again_s=60))
+    woken: list[str] = []
+    await paused(stack, woken, await stack.service("job-1"))
+    client = await stack.start()
+    assert (await client.post(f"{BASE}/{operation}", json={})).status_code == 200
+    assert woken == ["job-1"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "status"),
+    [("session_heartbeat", 200), ("retrieve_future", 408), ("sessions/s/finish", 503)],
+)
+async def test_who_waits_or_merely_lives_leaves_a_paused_trainer_alone(stack, operation, status):
+    woken: list[str] = []
+    await paused(stack, woken, await stack.service("job-1"))
+    client = await stack.start()
+    answer = await client.post(f"{BASE}/{operation}", json={"request_id": "r"})
+    assert (answer.status_code, woken) == (status, [])
+    if operation == "retrieve_future":
+        assert "homefire trainer resume" in answer.json()["queue_state_reason"]

@@ -190,6 +190,11 @@ def test_reconnect_resumes_a_job_that_stopped(control, manager, state):
     assert len(control.calls(_RESUME)) == 1
 
 
+def test_a_paused_job_is_answered_as_it_is(control, manager):
+    control.on(f"POST {_JOB}:pause", job("PAUSED", "paused"))
+    assert manager.pause("job-1")["state"] == "JOB_STATE_PAUSED"
+
+
 def test_reconnect_gives_a_job_that_is_stopping_time_and_then_resumes_it(control, manager):
     control.on(_GET, job("CANCELLING"), job("CANCELLING"), job("CANCELLED"), job("RUNNING"))
     control.on(_RESUME, job("CREATING"))

@@ -68,6 +68,10 @@ async def cancel(plane: ControlPlane, request: Request) -> Response:
     return _answer(plane, await plane.jobs.cancel(own_account(request), request.path_params["job"]))
 
 
+async def pause(plane: ControlPlane, request: Request) -> Response:
+    return _answer(plane, await plane.jobs.pause(own_account(request), request.path_params["job"]))
+
+
 async def resume(plane: ControlPlane, request: Request) -> Response:
     return _answer(plane, await plane.jobs.resume(own_account(request), request.path_params["job"]))
 
@@ -165,6 +169,13 @@ ENDPOINTS = [
         query=LIST_QUERY,
     ),
     Endpoint("POST", f"{_ONE}:cancel", cancel, "Stop behind a recovery point", TrainerJob),
+    Endpoint(
+        "POST",
+        f"{_ONE}:pause",
+        pause,
+        "Give its room back behind a recovery point; the next operation or `:resume` goes on",
+        TrainerJob,
+    ),
     Endpoint("POST", f"{_ONE}:resume", resume, "Go on where the job stopped", TrainerJob),
     Endpoint("POST", f"{_ONE}:executeTrainStep", execute_train_step, "Refused by name"),
     Endpoint("GET", _ONE, get, "One job; held while it is in transition", TrainerJob),

@@ -76,8 +76,6 @@ class TinkerPlane:
 
     def _wake_job(self, connection: sqlite3.Connection, wake: Wake) -> bool:
         job = tables.job(connection, wake.service)
-        if job is None or job.account != wake.account or not job.config.pooled:
-            raise NotFound(
-                f"no trainer {wake.service!r} of the root plane in account {wake.account!r}"
-            )
+        if job is None or job.account != wake.account:
+            raise NotFound(f"no trainer job {wake.service!r} in account {wake.account!r}")
         return self._jobs.wake(connection, job, now=self._clock.now())

@@ -65,7 +65,7 @@ class RootJobs:
             self._move(connection, job, event, now=now)
 
     def wake(self, connection: sqlite3.Connection, job: JobRow, *, now: float) -> bool:
-        """Only what was parked; a job that a user stopped stays stopped. Says whether it was."""
+        """Only what was parked or paused; what a user cancelled stays so. Says whether it was."""
         if job.state is JobState.PAUSED:
             self._move(connection, job, JobEvent.RESUME, now=now)
             return True

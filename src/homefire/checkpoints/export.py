@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from homefire.checkpoints.lineage import resolve_chain
+from homefire.checkpoints.progress import Report, unreported
 from homefire.checkpoints.promote import make_directory
 from homefire.checkpoints.store import CheckpointKey, CheckpointStore
 from homefire.wire.manifest import Manifest
 
 
-def export(store: CheckpointStore, manifest: Manifest, destination: Path) -> int:
+def export(
+    store: CheckpointStore, manifest: Manifest, destination: Path, *, report: Report = unreported
+) -> int:
     """Makes `destination`, whole or not at all; returns its size in bytes.
 
     A base or a delta gives a Hugging Face directory with the configuration and tokenizer of the base
@@ -21,4 +24,5 @@ def export(store: CheckpointStore, manifest: Manifest, destination: Path) -> int
     chain = resolve_chain(lambda name: store.manifest(key.sibling(name)), manifest.identity)
     base = store.directory(key.sibling(chain[0].identity))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    return make_directory(store, key, destination, base_model=base).size_bytes
+    made = make_directory(store, key, destination, base_model=base, report=report)
+    return made.size_bytes

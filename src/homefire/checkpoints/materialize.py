@@ -11,6 +11,7 @@ from homefire.checkpoints.delta_file import DELTA_FILE, read_delta_file
 from homefire.checkpoints.file_digest import verify_files
 from homefire.checkpoints.lineage import resolve_chain
 from homefire.checkpoints.model_directory import read_model_directory
+from homefire.checkpoints.progress import Report, unreported
 from homefire.checkpoints.safetensors_file import read_safetensors
 from homefire.checkpoints.snapshots import ADAPTER_FILE
 from homefire.checkpoints.store import CheckpointKey, CheckpointStore
@@ -52,6 +53,7 @@ def materialize(
     identity: str,
     *,
     held: Held | None = None,
+    report: Report = unreported,
 ) -> Materialized:
     """The tensors of a snapshot, every digest checked. `held` is read, never changed.
 
@@ -61,15 +63,17 @@ def materialize(
     """
     key = CheckpointKey(account, job, slot, CheckpointFamily.SAMPLER, identity)
     if held is None:
-        return _materialize(store, key, None)
+        return _materialize(store, key, None, report)
     try:
-        return _materialize(store, key, held)
+        return _materialize(store, key, held, report)
     except DigestMismatch as exc:
         log.warning("reading %s from the store alone: %s", key, exc)
-        return _materialize(store, key, None)
+        return _materialize(store, key, None, report)
 
 
-def _materialize(store: CheckpointStore, key: CheckpointKey, held: Held | None) -> Materialized:
+def _materialize(
+    store: CheckpointStore, key: CheckpointKey, held: Held | None, report: Report
+) -> Materialized:
     chain = resolve_chain(
         lambda name: store.manifest(key.sibling(name)),
         key.name,
@@ -77,8 +81,10 @@ def _materialize(store: CheckpointStore, key: CheckpointKey, held: Held | None) 
     )
     manifest = chain[-1] if chain else store.manifest(key)
     weights = _Weights(held.tensors if held else {})
-    for link in chain:
+    for number, link in enumerate(chain):
+        report("reading the chain", number, len(chain))
         weights.advance(link, store.directory(key.sibling(link.identity)))
+    report("checking digests", 0, 1)
     weights.verify(manifest)
     return Materialized(manifest, weights.tensors, [link.identity for link in chain])
 

@@ -20,6 +20,7 @@ from homefire.checkpoints.model_directory import (
     read_model_directory,
     write_model,
 )
+from homefire.checkpoints.progress import Report, report_to, unreported
 from homefire.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE
 from homefire.checkpoints.staging import remove_leftovers, staging_directory
@@ -53,6 +54,8 @@ class PromoteSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The directory to make. One that holds these very weights already is left as it is."""
     result_file: str
     """Where the worker leaves its `PromoteResult`."""
+    progress_file: str = ""
+    """Where it says how far it is; empty: nowhere."""
 
 
 class PromoteResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,18 +84,27 @@ def promote(spec: PromoteSpec) -> PromoteResult:
     """
     key = CheckpointKey(spec.account, spec.job, spec.slot, CheckpointFamily.SAMPLER, spec.identity)
     store = DirectoryStore(Path(spec.store_root))
-    return make_directory(store, key, Path(spec.destination), base_model=Path(spec.base_model_dir))
+    report = report_to(Path(spec.progress_file)) if spec.progress_file else unreported
+    base_model = Path(spec.base_model_dir)
+    return make_directory(store, key, Path(spec.destination), base_model=base_model, report=report)
 
 
 def make_directory(
-    store: CheckpointStore, key: CheckpointKey, destination: Path, *, base_model: Path
+    store: CheckpointStore,
+    key: CheckpointKey,
+    destination: Path,
+    *,
+    base_model: Path,
+    report: Report = unreported,
 ) -> PromoteResult:
     """`base_model` is the directory whose configuration and tokenizer a delta takes."""
-    snapshot = materialize(store, key.account, key.job, key.slot, key.name)
+    snapshot = materialize(store, key.account, key.job, key.slot, key.name, report=report)
+    report("writing the model", 0, 1)
     if destination.exists():
         _check_same(destination, snapshot)
     else:
         _make(destination, snapshot, store.directory(key), base_model)
+    report("writing the model", 1, 1)
     return PromoteResult(
         ok=True,
         kind=snapshot.manifest.kind,

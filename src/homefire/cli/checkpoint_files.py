@@ -15,13 +15,15 @@ from homefire.cli.tables import last_segment, print_json, print_table, short_dig
 if TYPE_CHECKING:
     from homefire.checkpoints import DirectoryStore
     from homefire.checkpoints.difference import TensorDifference
+    from homefire.wire.errors import InvalidArgument
     from homefire.wire.manifest import CheckpointFamily, Manifest
 
 _LOCAL = "local"
 
 
 def add_verbs(verbs: Commands) -> None:
-    verify = _add(verbs, "verify", "read checkpoints again and check every digest")
+    verify = _add(verbs, "verify", "read checkpoints again and check every digest", needs_job=False)
+    verify.add_argument("--model", metavar="M", help="an imported model, in place of a job")
     verify.add_argument("name", metavar="NAME", nargs="?", help="one of them; default: all")
     verify.set_defaults(run=run_verify)
 
@@ -36,9 +38,11 @@ def add_verbs(verbs: Commands) -> None:
     export.set_defaults(run=run_export)
 
 
-def _add(verbs: Commands, verb: str, summary: str) -> argparse.ArgumentParser:
+def _add(
+    verbs: Commands, verb: str, summary: str, *, needs_job: bool = True
+) -> argparse.ArgumentParser:
     leaf = verbs.add_parser(verb, help=summary)
-    leaf.add_argument("--job", metavar="J", required=True, help="id of the trainer job")
+    leaf.add_argument("--job", metavar="J", required=needs_job, help="id of the trainer job")
     leaf.add_argument("--slot", metavar="S", help="where a name is in several slots of the job")
     add_home(leaf)
     add_json(leaf)
@@ -47,6 +51,37 @@ def _add(verbs: Commands, verb: str, summary: str) -> argparse.ArgumentParser:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """1 when anything is damaged."""
+    if (arguments.job is None) == (arguments.model is None):
+        raise _one_of_both()
+    if arguments.model is not None:
+        return _verify_model(arguments)
+    return _verify_job(arguments)
+
+
+def _verify_model(arguments: argparse.Namespace) -> int:
+    from homefire.checkpoints.model_import import verify_import
+    from homefire.wire.ids import check_name
+
+    name = check_name(last_segment(arguments.model), field="model")
+    manifest = verify_import(home_of(arguments).models / name)
+    if arguments.json:
+        print_json({"model": name, "digest": manifest.digest, "ok": True})
+    else:
+        print(f"ok       {name}  {manifest.base_model}  {short_digest(manifest.digest)}")
+    return 0
+
+
+def _one_of_both() -> InvalidArgument:
+    from homefire.wire.errors import InvalidArgument
+
+    return InvalidArgument(
+        "what to verify is not clear",
+        hint="give --job for a job's checkpoints, or --model for an imported model",
+        field="job",
+    )
+
+
+def _verify_job(arguments: argparse.Namespace) -> int:
     from homefire.checkpoints.verification import verify
     from homefire.wire.errors import ErrorRecord
 

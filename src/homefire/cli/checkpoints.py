@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoint_files, checkpoint_retention
+from homefire.cli import checkpoint_files, checkpoint_import, checkpoint_retention
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
@@ -33,11 +33,11 @@ _COLUMNS = (
 def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "checkpoint",
-        help="list, promote, export, compare, verify, pin or prune the checkpoints of a trainer job",
+        help="list, import, promote, export, compare, verify, pin or prune the checkpoints of a trainer job",
     )
     verbs = parser.add_subparsers(
         dest="verb",
-        metavar="list|get|delete|promote|pin|unpin|prune|retention|export|diff|verify",
+        metavar="list|get|delete|promote|import|pin|unpin|prune|retention|export|diff|verify",
         required=True,
     )
     for verb, run in (("list", run_list), ("get", run_get), ("delete", run_delete)):
@@ -53,6 +53,7 @@ def add_parser(commands: Commands) -> None:
         add_json(leaf)
         leaf.set_defaults(run=run)
     _add_promote(verbs)
+    checkpoint_import.add_verb(verbs)
     checkpoint_retention.add_verbs(verbs)
     checkpoint_files.add_verbs(verbs)
 
@@ -136,7 +137,9 @@ def run_promote(arguments: argparse.Namespace) -> int:
         operation = msgspec.convert(server.post(path, body), PromoteAnswer).operation
         while operation is not None and not operation.done:
             if not arguments.json:
-                print(f"promoting {last_segment(arguments.name)} …", flush=True)
+                print(
+                    f"promoting {last_segment(arguments.name)} …{_progress(operation)}", flush=True
+                )
             operation = server.get_as(Operation, f"/v1/{operation.name}")
     if operation is None or operation.response is None:
         raise _promotion_error(operation)
@@ -145,6 +148,12 @@ def run_promote(arguments: argparse.Namespace) -> int:
     else:
         print(f"{operation.response.name} is there")
     return 0
+
+
+def _progress(operation: Operation) -> str:
+    """` reading the chain 3/7`."""
+    progress = operation.metadata.get("progress")
+    return "" if progress is None else " {stage} {done}/{total}".format_map(progress)
 
 
 def _promotion_error(operation: Operation | None) -> InternalError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from homefire.checkpoints.manifest_file import read_manifest
 from homefire.control.catalog import Catalog, base_model_details
 from homefire.control.db import tables
 from homefire.control.db.database import Database
@@ -27,6 +28,7 @@ from homefire.wire.errors import (
     UnknownModel,
 )
 from homefire.wire.ids import model_name
+from homefire.wire.manifest import Manifest
 from homefire.wire.resources import Model, ModelKind, ModelState, PeftDetails, TrainingShapeVersion
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -86,7 +88,8 @@ class Models:
         named = {model.name for model in models}
         for entry in self.catalog.entries(promoted):
             if entry.name not in named and (model := self._found(entry.name, promoted)):
-                models.append(msgspec.structs.replace(model, source=entry.source))
+                source = model.source if model.source == "imported" else entry.source
+                models.append(msgspec.structs.replace(model, source=source))
         return models
 
     def _get(self, name: str, promoted: list[ModelRow]) -> Model:
@@ -99,6 +102,8 @@ class Models:
         except UnknownModel as exc:
             raise NotFound(exc.message, hint=exc.hint) from exc
         details = base_model_details(Path(found.directory))
+        if (manifest := _import_manifest(Path(found.directory))) is not None:
+            return base_model_resource(found, "imported", details, digest=manifest.digest)
         return base_model_resource(found, sources.get(name, "huggingface"), details)
 
     def _found(self, name: str, promoted: list[ModelRow]) -> Model | None:
@@ -131,6 +136,14 @@ class Models:
         except (UnknownModel, ModelUnavailable):
             length = None
         return shape_version(shape, model_context_length=length)
+
+
+def _import_manifest(directory: Path) -> Manifest | None:
+    """None for what was not imported, or whose manifest is damaged."""
+    try:
+        return read_manifest(directory)
+    except (OSError, HomefireError):
+        return None
 
 
 def _check_unused(connection: sqlite3.Connection, model: ModelRow, directory: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from homefire.checkpoints.progress import Progress
 from homefire.control.db.rows import (
     BaseModel,
     DeploymentRow,
@@ -248,7 +249,9 @@ def model_resource(
     )
 
 
-def base_model_resource(model: BaseModel, source: str, details: BaseModelDetails) -> Model:
+def base_model_resource(
+    model: BaseModel, source: str, details: BaseModelDetails, *, digest: str | None = None
+) -> Model:
     """A model that was not promoted but found."""
     return Model(
         name=model.name,
@@ -257,15 +260,22 @@ def base_model_resource(model: BaseModel, source: str, details: BaseModelDetails
         kind=ModelKind.HF_BASE_MODEL,
         source=source,
         base_model_details=details,
+        digest=digest,
     )
 
 
-def operation_resource(operation: OperationRow, model: Model | None) -> Operation:
+def operation_resource(
+    operation: OperationRow, model: Model | None, *, progress: Progress | None = None
+) -> Operation:
+    """`metadata.progress` is what the worker last said: stage, done, total."""
+    metadata: dict[str, object] = {"model": model_name(operation.account, operation.model)}
+    if progress is not None:
+        metadata["progress"] = msgspec.to_builtins(progress)
     error = Status(operation.error_code, operation.error) if operation.error else None
     return Operation(
         name=operation.name,
         done=operation.done,
-        metadata={"model": model_name(operation.account, operation.model)},
+        metadata=metadata,
         error=error,
         response=model if operation.done and error is None else None,
     )

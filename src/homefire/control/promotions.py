@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from homefire.checkpoints import CheckpointKey, CheckpointStore, PromoteResult, PromoteSpec
+from homefire.checkpoints.progress import Progress, read_progress
 from homefire.control.capacity import threads_per_engine
 from homefire.control.catalog import Catalog
 from homefire.control.db import tables
@@ -95,6 +96,10 @@ class Promotions:
     async def operation(self, account: str, name: str) -> OperationRow | None:
         row = await self._database.transact(lambda c: tables.operation(c, name))
         return row if row is not None and row.account == account else None
+
+    async def progress(self, model: ModelRow) -> Progress | None:
+        """How far the worker of a model in UPLOADING is."""
+        return await asyncio.to_thread(read_progress, self._progress_file(model))
 
     async def resume(self) -> None:
         """Goes on with every promotion that an earlier control plane began."""
@@ -239,10 +244,14 @@ class Promotions:
         spec = self._worker_spec(model, result_file)
         async with self._starting:
             await asyncio.to_thread(result_file.unlink, missing_ok=True)
+            await asyncio.to_thread(self._progress_file(model).unlink, missing_ok=True)
             await self._remember(model, spec.record(process=None, boot="", started_at=0.0))
             record = await self._launcher.start(spec)
             await self._remember(model, record)
         return record
+
+    def _progress_file(self, model: ModelRow) -> Path:
+        return self._directory / f"{_stem(model)}.progress.json"
 
     async def _remember(self, model: ModelRow, record: ProcessRecord) -> None:
         await self._database.transact(lambda c: tables.set_worker(c, model, record))
@@ -258,6 +267,7 @@ class Promotions:
             base_model_dir=model.source.base_model.directory,
             destination=str(destination),
             result_file=str(result_file),
+            progress_file=str(self._progress_file(model)),
         )
         return ProcessSpec(
             name=f"promotion {model.id}",

@@ -355,7 +355,7 @@ class Model(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     state: ModelState
     kind: ModelKind
     source: str
-    """Where its files come from: `built-in`, `directory`, `huggingface` or `promoted`."""
+    """Where its files come from: `built-in`, `directory`, `huggingface`, `imported` or `promoted`."""
     base_model_details: BaseModelDetails | None = None
     peft_details: PeftDetails | None = None
     trainer_job: str | None = None

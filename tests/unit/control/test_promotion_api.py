@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from homefire.checkpoints import CheckpointKey, PromoteSpec, ensure_tiny
+from homefire.checkpoints.progress import read_progress, report_to
 from homefire.checkpoints.promote import run_worker
 from homefire.control.db import tables
 
@@ -255,3 +256,18 @@ async def test_a_snapshot_that_has_expired_is_not_promoted(bench: Any, control: 
     bench.store.expire_at(CheckpointKey.of(manifest), bench.clock.now())
     refused = await promote(control, "step_1", expect=400)
     assert "has expired" in refused["error"]["message"]
+
+
+async def test_an_operation_says_how_far_its_worker_is(bench: Any, impatient: Any) -> None:
+    operation = (await promote(impatient, "step_1", async_promotion=True))["operation"]
+    assert "progress" not in operation["metadata"]
+    await _worker_is_started(bench)
+    process = bench.launcher.process("promotion best")
+    spec = msgspec.json.decode(process.spec.spec, type=PromoteSpec)
+    Path(spec.progress_file).parent.mkdir(parents=True, exist_ok=True)
+    report_to(Path(spec.progress_file))("reading the chain", 3, 7)
+    shown = await impatient.call("GET", f"/v1/{operation['name']}")
+    assert shown["metadata"]["progress"] == {"stage": "reading the chain", "done": 3, "total": 7}
+    work(bench, process)
+    finished = read_progress(Path(spec.progress_file))
+    assert (finished.stage, finished.done) == ("writing the model", finished.total)

@@ -80,7 +80,13 @@ async def get_operation(plane: ControlPlane, request: Request) -> Response:
 
 
 async def _operation(plane: ControlPlane, operation: OperationRow) -> Operation:
-    return operation_resource(operation, await _model(plane, operation))
+    progress = None
+    if not operation.done:
+        row = await plane.database.transact(
+            lambda c: tables.model(c, operation.account, operation.model)
+        )
+        progress = None if row is None else await plane.promotions.progress(row)
+    return operation_resource(operation, await _model(plane, operation), progress=progress)
 
 
 async def _model(plane: ControlPlane, operation: OperationRow) -> Model | None:

@@ -90,3 +90,24 @@ def test_a_state_of_another_rank_or_kind_changes_nothing(make_trainer, kind):
     with pytest.raises(InvalidArgument, match="LoRA of rank 8"):
         load(trainer)
     assert trainer.digest() == digest
+
+
+@pytest.mark.parametrize("kind", [SlotKind.FULL, SlotKind.LORA])
+def test_a_state_is_of_a_step_whatever_gradients_wait(make_trainer, make_batch, kind):
+    """Gradients that no step took are no part of it, and saving does not take them away."""
+    trainer = make_trainer().open(kind).train(0)
+    before = save(trainer, "before")
+    trainer.backward(make_batch())
+    assert save(trainer, "amid").digest == before.digest
+    assert trainer.step().metrics["num_loss_tokens"] > 0
+
+
+def test_a_state_is_safetensors_and_its_manifest_and_nothing_else(make_trainer):
+    trainer = make_trainer().open().train(0)
+    save(trainer)
+    directory = trainer.root / "store/local/job-1/policy/state/state-1"
+    assert {path.name for path in directory.iterdir()} == {
+        "manifest.json",
+        "optimizer.safetensors",
+        "weights.safetensors",
+    }

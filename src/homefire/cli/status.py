@@ -46,7 +46,18 @@ def print_report(report: StatusReport) -> None:
     print(f"homefire {report.version} at {report.url}, home {report.home}\n")
     print_table(
         "trainer jobs",
-        ("job", "state", "base model", "mode", "step", "applied", "restarts", "graphs", "note"),
+        (
+            "job",
+            "state",
+            "base model",
+            "mode",
+            "step",
+            "applied",
+            "a crash replays",
+            "restarts",
+            "graphs",
+            "note",
+        ),
         [_job_row(job) for job in report.jobs],
     )
     print_table(
@@ -83,6 +94,7 @@ def _job_row(job: JobReport) -> list[str]:
         job.mode,
         str(job.step),
         f"{job.num_applied} of {job.num_accepted}",
+        f"{job.num_unsaved} operations",
         f"{job.restarts}, engine {job.engine_restarts}",
         f"{size(job.held_graph_bytes)} of {size(job.held_graph_budget_bytes)}",
         job.message or job.detail,

@@ -120,6 +120,12 @@ class Observations:
         watches = [*self._trainers.values(), *self._replicas.values()]
         await asyncio.gather(*(watch.refresh() for watch in watches))
 
+    async def refresh_trainer(self, job_id: str) -> None:
+        """How far a recovery has come wakes nobody; who asks wants to know."""
+        watch = self._trainers.get(job_id)
+        if watch is not None and watch.status and watch.status.state is not TrainerState.READY:
+            await watch.refresh()
+
     async def close(self) -> None:
         watches = [*self._trainers.values(), *self._replicas.values()]
         await asyncio.gather(*(watch.close() for watch in watches))

@@ -19,6 +19,7 @@ from homefire.control.db.rows import (
 )
 from homefire.foundation.clock import rfc3339
 from homefire.wire.ids import checkpoint_name, deployment_name, job_name, model_name
+from homefire.wire.internal import TrainerState, TrainerStatus
 from homefire.wire.manifest import CheckpointKind, Manifest
 from homefire.wire.records import Evaluation, EvaluationEntry
 from homefire.wire.resources import (
@@ -51,7 +52,15 @@ _CODES = {
 }
 
 
-def job_resource(job: JobRow, *, store: Path) -> TrainerJob:
+_DOING = {
+    TrainerState.STARTING: "its engine is loading the model",
+    TrainerState.RECOVERING: "recovering",
+    TrainerState.STOPPING: "writing a recovery point",
+}
+
+
+def job_resource(job: JobRow, trainer: TrainerStatus | None, *, store: Path) -> TrainerJob:
+    """`trainer`: what its process says, if it says something."""
     config, request = job.config, job.config.request
     return TrainerJob(
         name=job_name(job.account, job.id),
@@ -60,7 +69,7 @@ def job_resource(job: JobRow, *, store: Path) -> TrainerJob:
         update_time=rfc3339(job.updated_at),
         completed_time=None if job.completed_at is None else rfc3339(job.completed_at),
         state=job.state,
-        status=Status(_CODES.get(job.state, "OK"), _job_message(job)),
+        status=Status(_CODES.get(job.state, "OK"), _job_message(job, trainer)),
         training_config=msgspec.structs.replace(
             request.training_config,
             base_model=config.base_model.name,
@@ -92,7 +101,13 @@ def bucket_url(store: Path, account: str, job_id: str) -> str:
     return f"file://{store}/{account}/{job_id}/"
 
 
-def _job_message(job: JobRow) -> str:
+def doing(trainer: TrainerStatus | None) -> str:
+    """What keeps a trainer from running operations, and how far that has come; nothing when it runs."""
+    what = _DOING.get(trainer.state, "") if trainer else ""
+    return f"{what}: {trainer.detail}" if trainer and what and trainer.detail else what
+
+
+def _job_message(job: JobRow, trainer: TrainerStatus | None) -> str:
     """`Warning:` in front makes the clients print it: what was asked for and not always sent."""
     request = job.config.request
     decided = _named(
@@ -104,7 +119,7 @@ def _job_message(job: JobRow) -> str:
         f"{decided} recorded, not applied: optim_step decides" if decided else "",
         f"{pointless} recorded, not applied: this machine is your own" if pointless else "",
     ]
-    text = "; ".join(filter(None, [job.message, *notes]))
+    text = "; ".join(filter(None, [job.message or doing(trainer), *notes]))
     is_surprising = pointless not in ("", "useReservation") and not job.message
     return f"Warning: {text}" if is_surprising else text
 

@@ -6,6 +6,7 @@ from homefire import __version__
 from homefire.control.capacity import Capacity, Ledger
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.control.lifecycle import SeenReplica, SeenTrainer, hot_load_error
+from homefire.control.presentation import doing
 from homefire.control.world import Picture
 from homefire.wire.ids import deployment_name, job_name
 from homefire.wire.internal import GraphStatus, HotLoadStage
@@ -53,13 +54,14 @@ def _job(job: JobRow, seen: SeenTrainer) -> JobReport:
     return JobReport(
         name=job_name(job.account, job.id),
         state=job.state.value,
-        message=job.message,
+        message=job.message or doing(status),
         base_model=job.config.base_model.name,
         mode=job.config.mode.value,
         pid=record.process.pid if record and record.process else None,
         step=status.step if status else 0,
         num_accepted=status.num_accepted if status else 0,
         num_applied=status.num_applied if status else 0,
+        num_unsaved=status.num_unsaved if status else 0,
         engine_restarts=status.engine_restarts if status else 0,
         restarts=job.supervision.restarts,
         detail=status.detail if status else "",

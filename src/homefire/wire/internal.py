@@ -71,6 +71,14 @@ class GraphStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Backwards that found their graph gone and ran its forward again."""
 
 
+class ReplayProgress(msgspec.Struct, frozen=True):
+    """How far a recovery has come."""
+
+    num_done: int
+    num_total: int
+    """Operations since the recovery point that it began with, forward passes included."""
+
+
 class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     nonce: str
@@ -81,6 +89,11 @@ class TrainerStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_applied: int = 0
     engine_restarts: int = 0
     replayed: int = 0
+    """Operations done again, since the front started."""
+    replaying: ReplayProgress | None = None
+    """While it recovers."""
+    num_unsaved: int = 0
+    """Operations applied since the newest recovery point: what a death now would replay."""
     detail: str = ""
     error: ErrorRecord | None = None
     graphs: GraphStatus = GraphStatus()

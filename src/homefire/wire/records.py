@@ -162,6 +162,8 @@ class JobReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     step: int
     num_accepted: int = 0
     num_applied: int = 0
+    num_unsaved: int = 0
+    """Operations since the newest recovery point: what a death now would replay."""
     engine_restarts: int = 0
     restarts: int = 0
     detail: str = ""

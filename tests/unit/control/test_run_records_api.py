@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from homefire.foundation.events import EventLog
+from homefire.wire.internal import TrainerState
 
 JOB = "/v1/accounts/local/rlorTrainerJobs/j1"
 
@@ -176,6 +177,22 @@ async def test_the_status_shows_jobs_replicas_and_capacity(bench: Any, control: 
     assert report["capacity"]["threadsTotal"] == 8
     assert report["capacity"]["threadsUsed"] > 0
     assert report["url"] == "http://127.0.0.1:8700"
+
+
+async def test_a_recovery_is_seen_in_the_job_and_in_the_status(bench: Any, control: Any) -> None:
+    await control.create_job()
+    await control.job_becomes("JOB_STATE_RUNNING")
+    recovering = {"state": TrainerState.RECOVERING, "detail": "12 of 340 operations replayed"}
+    bench.trainer().say(**recovering, num_unsaved=340)
+    said = "recovering: 12 of 340 operations replayed"
+
+    async def is_seen() -> bool:
+        report = await control.call("GET", "/v1/homefire/status")
+        return report["jobs"][0]["message"] == said and report["jobs"][0]["numUnsaved"] == 340
+
+    await control.eventually(is_seen)
+    job = await control.call("GET", "/v1/accounts/local/rlorTrainerJobs/j1")
+    assert (job["state"], job["status"]["message"]) == ("JOB_STATE_RUNNING", said)
 
 
 async def test_the_catalog_and_the_shapes_are_listed(control: Any) -> None:

@@ -44,7 +44,7 @@ async def create(plane: ControlPlane, request: Request) -> Response:
 async def list_jobs(plane: ControlPlane, request: Request) -> Response:
     asked = Listing.of(request.query_params)
     jobs = await plane.jobs.list(own_account(request), tombstones=asked.shows_deleted)
-    found = asked.apply([job_resource(job, store=plane.home.store) for job in jobs])
+    found = asked.apply([_resource(plane, job) for job in jobs])
     return json_response(
         TrainerJobList(
             rlor_trainer_jobs=found.items,
@@ -56,6 +56,7 @@ async def list_jobs(plane: ControlPlane, request: Request) -> Response:
 
 async def get(plane: ControlPlane, request: Request) -> Response:
     job = await plane.held_job(own_account(request), request.path_params["job"])
+    await plane.observations.refresh_trainer(job.id)
     return _answer(plane, job)
 
 
@@ -147,7 +148,11 @@ async def _job(plane: ControlPlane, request: Request) -> JobRow:
 
 
 def _answer(plane: ControlPlane, job: JobRow) -> Response:
-    return json_response(job_resource(job, store=plane.home.store))
+    return json_response(_resource(plane, job))
+
+
+def _resource(plane: ControlPlane, job: JobRow) -> TrainerJob:
+    return job_resource(job, plane.observations.trainer(job).status, store=plane.home.store)
 
 
 ENDPOINTS = [

@@ -103,7 +103,7 @@ class Front:
             events=self.events,
             status=self.status,
             points=self._points,
-            recovery=Recovery(self.spec, self.ledger, self._note_progress),
+            recovery=Recovery(self.spec, self.ledger, self.status.replaying),
             start_engine=self._start_engine,
             open_model=self._open_model,
             turns=Turns(self.ledger, pooled=self.spec.pooled),
@@ -115,6 +115,3 @@ class Front:
 
     async def _open_model(self, engine: Engine) -> LiveModel:
         return await open_model(engine, self.spec, self.store, self.policy, self._graphs)
-
-    def _note_progress(self, done: int, total: int) -> None:
-        self.status.progress(f"operation {done} of {total}")

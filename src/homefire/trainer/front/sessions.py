@@ -126,6 +126,11 @@ class Ledger:
         """Optimizer steps on all slots that are remembered."""
         return sum(self.steps.values())
 
+    @property
+    def num_unsaved(self) -> int:
+        """Operations since the newest recovery point."""
+        return self.position - (self.points[-1].position if self.points else 0)
+
     def adapter(self, slot: str) -> LoraSpec | None:
         """The adapter on a slot: its first model's, since later ones had to ask for the same."""
         made = (h for h in self.handles.values() if h.slot == slot and not h.failure)

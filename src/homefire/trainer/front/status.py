@@ -8,7 +8,7 @@ from homefire.foundation.versioned import Versioned
 from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.sessions import Ledger
 from homefire.wire.errors import ErrorRecord
-from homefire.wire.internal import TrainerState, TrainerStatus
+from homefire.wire.internal import ReplayProgress, TrainerState, TrainerStatus
 
 _NOT_RUNNING = {
     TrainerState.STARTING: "the trainer's engine is loading the model",
@@ -26,6 +26,7 @@ class StatusBoard:
         first = TrainerStatus(version=0, nonce=nonce, state=TrainerState.STARTING)
         self._versioned = Versioned(first)
         self._progress = ""
+        self._replaying: ReplayProgress | None = None
 
     @property
     def state(self) -> TrainerState:
@@ -42,12 +43,17 @@ class StatusBoard:
         return reason and (f"{reason}: {self._progress}" if self._progress else reason)
 
     def enter(self, state: TrainerState) -> None:
-        self._progress = ""
+        self._progress, self._replaying = "", None
         self._change(state=state, detail="")
 
     def progress(self, text: str) -> None:
         """How far the present state has come; wakes nobody."""
         self._progress = text
+
+    def replaying(self, done: int, total: int) -> None:
+        """How many operations of a recovery were done again; wakes nobody."""
+        self._replaying = ReplayProgress(done, total)
+        self._progress = f"{done} of {total} operations replayed"
 
     def failed(self, error: ErrorRecord) -> None:
         self._change(state=TrainerState.FAILED, error=error, detail=error.message)
@@ -71,6 +77,8 @@ class StatusBoard:
             step=ledger.step,
             num_accepted=ledger.num_accepted,
             num_applied=ledger.position,
+            num_unsaved=ledger.num_unsaved,
+            replaying=self._replaying,
             detail=status.detail or self._progress,
             graphs=self._graphs.read(),
         )

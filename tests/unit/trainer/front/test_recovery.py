@@ -381,3 +381,26 @@ async def test_a_front_whose_fenced_client_waits_fences_it_after_a_restart_too(
 
 def _other_base(base_weight):
     return lambda vocab_size: base_weight(vocab_size) + 0.5
+
+
+async def test_a_recovery_says_how_far_it_has_come_and_what_a_crash_would_replay(
+    start_front, datum
+) -> None:
+    clock, later = ManualClock(), Orders(holds=OptimStep)
+    async with start_front(clock=clock, recovery_interval_s=60.0, crash=True) as client:
+        model = await client.model()
+        await client.train(model, 1, 1)
+        clock.advance(60)
+        await client.train(model, 3, 2)
+        assert (await client.status()).num_unsaved == 4, "a point was taken before them"
+    async with start_front(clock=clock, orders=later) as client:
+        await later.reached.wait()
+        status = await client.status()
+        assert status.state is TrainerState.RECOVERING
+        assert status.replaying is not None
+        assert (status.replaying.num_done, status.replaying.num_total) == (1, 4)
+        reason = client.front.status.pause_reason
+        assert reason == "the trainer is recovering: 1 of 4 operations replayed"
+        later.released.set()
+        await client.result(await client.forward_backward(model, 7))
+        assert (await client.status()).replaying is None

@@ -10,36 +10,40 @@ import os
 import secrets
 from pathlib import Path
 
+from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.failpoints import failpoint
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_file(path: Path, data: bytes, *, mode: int = 0o644, disk: Disk = SYSTEM) -> None:
     """Replaces `path` by `data`, atomically and durably."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    directory = disk.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        write_file_in(directory, path.name, data, mode=mode)
+        write_file_in(directory, path.name, data, mode=mode, disk=disk)
     finally:
-        os.close(directory)
+        disk.close(directory)
 
 
-def write_file_in(directory: int, name: str, data: bytes, *, mode: int = 0o644) -> None:
+def write_file_in(
+    directory: int, name: str, data: bytes, *, mode: int = 0o644, disk: Disk = SYSTEM
+) -> None:
     """The same in an open directory, wherever it was renamed to meanwhile."""
     temporary = f".{name}.{secrets.token_hex(4)}.tmp"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        descriptor = os.open(temporary, flags, mode, dir_fd=directory)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
+        file = disk.open(temporary, flags, mode, dir_fd=directory)
+        try:
+            write_all(file, data, 0, disk=disk)
             failpoint("durable.before_fsync")
-            os.fsync(file.fileno())
+            disk.fsync(file)
+        finally:
+            disk.close(file)
         failpoint("durable.before_rename")
-        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        disk.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
+            disk.unlink(temporary, dir_fd=directory)
         raise
-    os.fsync(directory)
+    disk.fsync(directory)
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -47,30 +51,63 @@ def write_private(path: Path, data: bytes) -> None:
     write_file(path, data, mode=0o600)
 
 
-def publish_directory(temporary: Path, final: Path) -> None:
+def publish_directory(temporary: Path, final: Path, *, disk: Disk = SYSTEM) -> None:
     """Syncs every file below `temporary`, then renames it to `final`, durably.
 
     Both must be on one file system. `final` must not exist.
     """
-    for root, directories, files in os.walk(temporary):
-        for name in files:
-            _sync_path(Path(root) / name)
-        for name in directories:
-            _sync_path(Path(root) / name)
-    _sync_path(temporary)
+    _sync_tree(temporary, disk)
     failpoint("durable.before_publish")
-    os.rename(temporary, final)
+    disk.rename(temporary, final)
     failpoint("durable.after_publish")
-    sync_directory(final.parent)
+    sync_directory(final.parent, disk=disk)
 
 
-def sync_directory(path: Path) -> None:
-    _sync_path(path)
+def make_directory(path: Path, *, disk: Disk = SYSTEM) -> None:
+    """Creates it in its parent, durably; one that is there is well."""
+    with contextlib.suppress(FileExistsError):
+        disk.mkdir(path)
+    sync_directory(path.parent, disk=disk)
 
 
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def remove_tree(path: Path, *, disk: Disk = SYSTEM) -> None:
+    """Not durably: after a power cut some or all of it may be back."""
     try:
-        os.fsync(descriptor)
+        names = disk.listdir(path)
+    except NotADirectoryError:
+        disk.unlink(path)
+        return
+    for name in names:
+        remove_tree(path / name, disk=disk)
+    disk.rmdir(path)
+
+
+def read_file(path: Path, *, disk: Disk = SYSTEM) -> bytes:
+    file = disk.open(path, os.O_RDONLY)
+    try:
+        return disk.pread(file, disk.lseek(file, 0, os.SEEK_END), 0)
     finally:
-        os.close(descriptor)
+        disk.close(file)
+
+
+def write_all(file: int, data: bytes, offset: int, *, disk: Disk = SYSTEM) -> None:
+    """Not durably: `fsync` is the caller's."""
+    view = memoryview(data)
+    while view:
+        written = disk.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def sync_directory(path: Path, *, disk: Disk = SYSTEM) -> None:
+    file = disk.open(path, os.O_RDONLY)
+    try:
+        disk.fsync(file)
+    finally:
+        disk.close(file)
+
+
+def _sync_tree(path: Path, disk: Disk) -> None:
+    with contextlib.suppress(NotADirectoryError):
+        for name in disk.listdir(path):
+            _sync_tree(path / name, disk)
+    sync_directory(path, disk=disk)

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.foundation.durable import sync_directory
+from homefire.foundation.disk import SYSTEM, Disk
+from homefire.foundation.durable import make_directory, read_file, sync_directory, write_all
 from homefire.foundation.failpoints import failpoint
 from homefire.trainer.front.records import Record, Snapshot
 from homefire.wire.errors import DigestMismatch, StorageFailed
@@ -51,15 +52,19 @@ class Journal:
     `append` returns: what it builds is at every moment exactly what is on disk.
     """
 
-    def __init__(self, directory: Path, apply: Callable[[Record, int], None]) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, directory: Path, apply: Callable[[Record, int], None], disk: Disk = SYSTEM
+    ) -> None:
+        """`directory` is made in its parent, which exists."""
+        make_directory(directory, disk=disk)
         self._directory = directory
+        self._disk = disk
         self._apply = apply
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._waiting: list[_Entry] = []
         self._rotations: list[tuple[Callable[[], Snapshot], asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
-        self._segment = max(segments(directory), default=0)
+        self._segment = max(segments(directory, disk), default=0)
         self._file = -1
         self._durable_bytes = 0
 
@@ -81,11 +86,12 @@ class Journal:
             self._start(1, b"")
             return
         path = segment_path(self._directory, self._segment)
-        good = sum(len(frame) for frame in _frames(path)) + len(HEADER)
-        self._file = os.open(path, os.O_RDWR)
-        os.ftruncate(self._file, 0 if good > path.stat().st_size else good)
-        os.pwrite(self._file, HEADER, 0)
-        os.fsync(self._file)
+        data = read_file(path, disk=self._disk)
+        good = sum(len(frame) for frame in _frames(data, path)) + len(HEADER)
+        self._file = self._disk.open(path, os.O_RDWR)
+        self._disk.ftruncate(self._file, 0 if good > len(data) else good)
+        self._disk.pwrite(self._file, HEADER, 0)
+        self._disk.fsync(self._file)
         self._durable_bytes = good
 
     async def append(self, record: Record) -> None:
@@ -105,16 +111,16 @@ class Journal:
 
     def trim(self, below: int) -> list[int]:
         """Deletes the segments below a number; says which."""
-        gone = [number for number in segments(self._directory) if number < below]
+        gone = [number for number in segments(self._directory, self._disk) if number < below]
         for number in gone:
-            segment_path(self._directory, number).unlink()
+            self._disk.unlink(segment_path(self._directory, number))
         return gone
 
     async def close(self) -> None:
         while self._flushing is not None:
             await self._flushing
         self._writer.shutdown()
-        os.close(self._file)
+        self._disk.close(self._file)
 
     def _wake(self) -> None:
         if self._flushing is None:
@@ -171,46 +177,48 @@ class Journal:
         """A failed write is taken back, so that later frames do not follow half a one."""
         frame = _frame(records)
         try:
-            _write_all(self._file, frame, self._durable_bytes)
+            write_all(self._file, frame, self._durable_bytes, disk=self._disk)
             failpoint("journal.before_fsync")
-            os.fsync(self._file)
+            self._disk.fsync(self._file)
         except OSError:
-            os.ftruncate(self._file, self._durable_bytes)
+            self._disk.ftruncate(self._file, self._durable_bytes)
             raise
         self._durable_bytes += len(frame)
         failpoint("journal.after_fsync_before_ack")
 
     def _start(self, number: int, first: bytes) -> None:
         path = segment_path(self._directory, number)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        _write_all(file, HEADER + first, 0)
-        os.fsync(file)
-        sync_directory(self._directory)
+        file = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        write_all(file, HEADER + first, 0, disk=self._disk)
+        self._disk.fsync(file)
+        sync_directory(self._directory, disk=self._disk)
         if self._file >= 0:
-            os.close(self._file)
+            self._disk.close(self._file)
         self._file, self._segment = file, number
         self._durable_bytes = len(HEADER) + len(first)
 
 
-def read_journal(directory: Path) -> Iterator[tuple[int, Record]]:
+def read_journal(directory: Path, disk: Disk = SYSTEM) -> Iterator[tuple[int, Record]]:
     """All records in order, each with the number of its segment; blocks.
 
     Only the last segment may have a torn end. Raises DigestMismatch for damage.
     """
-    numbers = segments(directory)
+    numbers = segments(directory, disk)
     for number in numbers:
         path = segment_path(directory, number)
-        size = len(HEADER)
-        for frame in _frames(path):
+        data, size = read_file(path, disk=disk), len(HEADER)
+        for frame in _frames(data, path):
             size += len(frame)
             for record in msgspec.msgpack.decode(frame[_FRAME.size :], type=list[Record]):
                 yield number, record
-        if number != numbers[-1] and size != path.stat().st_size:
+        if number != numbers[-1] and size != len(data):
             raise DigestMismatch(f"{path} is damaged at byte {size}", hint=_DAMAGE_HINT)
 
 
-def segments(directory: Path) -> list[int]:
-    return sorted(int(path.stem) for path in directory.glob("*.log"))
+def segments(directory: Path, disk: Disk = SYSTEM) -> list[int]:
+    """Their numbers, in order."""
+    names = disk.listdir(directory)
+    return sorted(int(name.removesuffix(".log")) for name in names if name.endswith(".log"))
 
 
 def segment_path(directory: Path, number: int) -> Path:
@@ -241,9 +249,8 @@ def _frame(records: list[bytes]) -> bytes:
     return _FRAME.pack(_MAGIC, len(payload), zlib.crc32(payload)) + payload
 
 
-def _frames(path: Path) -> Iterator[bytes]:
+def _frames(data: bytes, path: Path) -> Iterator[bytes]:
     """The valid frames of a segment; stops at a torn end, raises DigestMismatch at damage."""
-    data = path.read_bytes()
     if data[: len(HEADER)] != HEADER[: len(data)]:
         raise DigestMismatch(f"{path} is not a journal segment", hint=_DAMAGE_HINT)
     offset = len(HEADER)
@@ -266,10 +273,3 @@ def _frame_at(data: bytes, offset: int) -> bytes:
     if magic != _MAGIC or end > len(data):
         return b""
     return data[offset:end] if zlib.crc32(data[offset + _FRAME.size : end]) == crc else b""
-
-
-def _write_all(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from homefire.foundation.disk import SYSTEM, Disk
 from homefire.trainer.front import operations
 from homefire.trainer.front.journal import read_journal
 from homefire.trainer.front.live_model import LiveModel
@@ -72,10 +73,12 @@ class Recovery:
         spec: TrainerSpec,
         ledger: Ledger,
         progress: Callable[[int, int], None],
+        disk: Disk = SYSTEM,
     ) -> None:
         self._spec = spec
         self._ledger = ledger
         self._progress = progress
+        self._disk = disk
         self._journal = journal_directory(spec)
 
     async def run(self, model: LiveModel, points: Sequence[PointTaken] | None = None) -> Recovered:
@@ -88,10 +91,10 @@ class Recovery:
         point = await self._load_newest_point(model, candidates)
         recovered = Recovered(point.name if point else None)
         start = point.position if point else 0
-        history = await asyncio.to_thread(_completed_after, self._journal, start)
+        history = await asyncio.to_thread(_completed_after, self._journal, start, self._disk)
         self._check_complete(history, start)
         request_ids = {c.request_id for together in history for c in together}
-        payloads = await asyncio.to_thread(_accepted, self._journal, request_ids)
+        payloads = await asyncio.to_thread(_accepted, self._journal, request_ids, self._disk)
         for done, together in enumerate(history):
             self._progress(done, len(history))
             accepted = [payloads.get(completed.request_id) for completed in together]
@@ -105,9 +108,10 @@ class Recovery:
         self, model: LiveModel, points: Sequence[PointTaken]
     ) -> PointTaken | None:
         damaged: HomefireError | None = None
+        kept = _kept_points(self._spec, self._disk)
         for point in reversed(points):
             directory = recovery_directory(self._spec) / point.name
-            if not directory.is_dir():
+            if point.name not in kept:
                 continue
             try:
                 await model.load_recovery(directory)
@@ -115,7 +119,7 @@ class Recovery:
                 damaged = error
                 continue
             return point
-        if damaged is not None and not reaches_back(self._journal):
+        if damaged is not None and not reaches_back(self._journal, self._disk):
             raise damaged
         return None
 
@@ -273,25 +277,32 @@ def _compare(accepted: Accepted, outcome: Outcome, completed: Completed) -> Iter
         yield f"{what}: the result differs"
 
 
-def _completed_after(directory: Path, position: int) -> list[list[Completed]]:
+def _kept_points(spec: TrainerSpec, disk: Disk) -> list[str]:
+    try:
+        return disk.listdir(recovery_directory(spec))
+    except FileNotFoundError:
+        return []
+
+
+def _completed_after(directory: Path, position: int, disk: Disk) -> list[list[Completed]]:
     """In order; those of one pack together."""
-    return [found for found in _completions(directory) if found[0].position > position]
+    return [found for found in _completions(directory, disk) if found[0].position > position]
 
 
-def _completions(directory: Path) -> Iterator[list[Completed]]:
-    for _, record in read_journal(directory):
+def _completions(directory: Path, disk: Disk) -> Iterator[list[Completed]]:
+    for _, record in read_journal(directory, disk):
         if isinstance(record, Completed):
             yield [record]
         elif isinstance(record, PackCompleted):
             yield record.completed
 
 
-def _accepted(directory: Path, request_ids: set[str]) -> dict[str, Accepted]:
-    records = (record for _, record in read_journal(directory))
+def _accepted(directory: Path, request_ids: set[str], disk: Disk) -> dict[str, Accepted]:
+    records = (record for _, record in read_journal(directory, disk))
     wanted = (r for r in records if isinstance(r, Accepted) and r.request_id in request_ids)
     return {record.request_id: record for record in wanted}
 
 
-def reaches_back(directory: Path) -> bool:
+def reaches_back(directory: Path, disk: Disk = SYSTEM) -> bool:
     """Whether the journal still has the first operation."""
-    return any(found[0].position == 1 for found in _completions(directory))
+    return any(found[0].position == 1 for found in _completions(directory, disk))

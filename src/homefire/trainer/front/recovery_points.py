@@ -7,10 +7,12 @@ without a record is left over from a crash. Two points are kept, and the journal
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-import shutil
 
 from homefire.foundation.clock import Clock
+from homefire.foundation.disk import SYSTEM, Disk
+from homefire.foundation.durable import make_directory, remove_tree
 from homefire.foundation.events import EventLog
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
@@ -33,6 +35,7 @@ class RecoveryPoints:
         futures: Futures,
         journal: Journal,
         events: EventLog,
+        disk: Disk = SYSTEM,
     ) -> None:
         self._spec = spec
         self._clock = clock
@@ -40,6 +43,7 @@ class RecoveryPoints:
         self._futures = futures
         self._journal = journal
         self._events = events
+        self._disk = disk
         self._directory = recovery_directory(spec)
         self._taken_at = clock.monotonic()
         self._write_s = 0.0
@@ -63,7 +67,7 @@ class RecoveryPoints:
         started = self._taken_at = self._clock.monotonic()
         position = self._ledger.position
         name = f"{position:012d}-{secrets.token_hex(3)}"
-        self._directory.mkdir(exist_ok=True)
+        make_directory(self._directory, disk=self._disk)
         size_bytes = await model.save_recovery(self._directory / name)
         floor = self._ledger.floor(self._journal.segment)
         at = self._clock.now()
@@ -85,7 +89,13 @@ class RecoveryPoints:
         await asyncio.to_thread(self._delete, {point.name for point in points}, below)
 
     def _delete(self, kept: set[str], below: int) -> None:
-        for directory in self._directory.glob("*"):
-            if directory.name not in kept:
-                shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            for name in self._disk.listdir(self._directory):
+                if name not in kept:
+                    self._remove(name)
         self._journal.trim(below)
+
+    def _remove(self, name: str) -> None:
+        """What cannot be removed now is tried again after the next point."""
+        with contextlib.suppress(OSError):
+            remove_tree(self._directory / name, disk=self._disk)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from homefire.checkpoints import CheckpointStore, DirectoryStore
 from homefire.foundation.clock import Clock, SystemClock
+from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.events import EventLog
 from homefire.trainer.front.admission import Admission
 from homefire.trainer.front.engine_process import Engine
@@ -36,8 +37,10 @@ class Front:
         spec: TrainerSpec,
         clock: Clock | None = None,
         start_engine: Callable[[], Awaitable[Engine]] | None = None,
+        disk: Disk = SYSTEM,
     ) -> None:
-        """`start_engine` starts another kind of engine than the spec's process."""
+        """`start_engine` starts another kind of engine than the spec's process; journal and recovery
+        points are kept on `disk`."""
         self.spec = spec
         self.clock = clock or SystemClock()
         self._start_engine = start_engine or self._start_process
@@ -47,12 +50,13 @@ class Front:
         self.futures = Futures(self.clock)
         self.ledger = Ledger(self.futures)
         self.policy = slot_policy(spec, self.ledger)
-        self.journal = Journal(journal_directory(spec), self.ledger.apply)
+        self._disk = disk
+        self.journal = Journal(journal_directory(spec), self.ledger.apply, disk)
         self.events = EventLog(Path(spec.job_dir) / "events.jsonl", self.clock)
         self._graphs = GraphBoard(self.clock, limit_s=spec.held_graph_limit_s)
         self.status = StatusBoard(self.ledger, self._graphs, nonce=spec.nonce)
         self._points = RecoveryPoints(
-            spec, self.clock, self.ledger, self.futures, self.journal, self.events
+            spec, self.clock, self.ledger, self.futures, self.journal, self.events, disk
         )
         self.worker = self._make_worker()
         self.admission = Admission(
@@ -91,7 +95,7 @@ class Front:
 
     def _read_journal(self) -> None:
         self.journal.open()
-        for segment, record in read_journal(self.journal.directory):
+        for segment, record in read_journal(self.journal.directory, self._disk):
             self.ledger.apply(record, segment)
 
     def _make_worker(self) -> Worker:
@@ -103,7 +107,7 @@ class Front:
             events=self.events,
             status=self.status,
             points=self._points,
-            recovery=Recovery(self.spec, self.ledger, self.status.replaying),
+            recovery=Recovery(self.spec, self.ledger, self.status.replaying, self._disk),
             start_engine=self._start_engine,
             open_model=self._open_model,
             turns=Turns(self.ledger, pooled=self.spec.pooled),

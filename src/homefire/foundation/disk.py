@@ -1,7 +1,7 @@
 """The calls by which homefire makes things durable: a seam, so that a test can take the power away.
 
 Names and meaning are those of `os`, which is the disk of every process. The test kit has another one
-(tests/simulated_disk.py): it forgets what was not synced.
+(tests/faults/simulated_disk.py): it forgets what was not synced.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ HEADER = b"HFJRNL01"
 _MAGIC = b"HFRM"
 _FRAME = struct.Struct("<4sII")
 _MAX_FRAME_BYTES = (1 << 32) - 1
+_ASIDE = "next.tmp"
+"""A segment that is being made."""
 _MAX_BATCH_BYTES = 64 << 20
 """A group commit is closed at this size, so that one frame never grows without bound."""
 
@@ -66,6 +68,8 @@ class Journal:
         self._flushing: asyncio.Task[None] | None = None
         self._segment = max(segments(directory, disk), default=0)
         self._file = -1
+        self._is_named = True
+        """The name of the segment that is being written is on disk."""
         self._durable_bytes = 0
 
     @property
@@ -110,10 +114,14 @@ class Journal:
         await done
 
     def trim(self, below: int) -> list[int]:
-        """Deletes the segments below a number; says which."""
+        """Deletes the segments below a number; says which.
+
+        Oldest first, each for good before the next: a segment is never missing between two others.
+        """
         gone = [number for number in segments(self._directory, self._disk) if number < below]
         for number in gone:
             self._disk.unlink(segment_path(self._directory, number))
+            sync_directory(self._directory, disk=self._disk)
         return gone
 
     async def close(self) -> None:
@@ -176,6 +184,7 @@ class Journal:
     def _write(self, records: list[bytes]) -> None:
         """A failed write is taken back, so that later frames do not follow half a one."""
         frame = _frame(records)
+        self._sync_name()
         try:
             write_all(self._file, frame, self._durable_bytes, disk=self._disk)
             failpoint("journal.before_fsync")
@@ -187,15 +196,28 @@ class Journal:
         failpoint("journal.after_fsync_before_ack")
 
     def _start(self, number: int, first: bytes) -> None:
-        path = segment_path(self._directory, number)
-        file = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        write_all(file, HEADER + first, 0, disk=self._disk)
-        self._disk.fsync(file)
-        sync_directory(self._directory, disk=self._disk)
+        """A segment gets its name when it is whole: a power cut leaves none without its snapshot."""
+        aside = self._directory / _ASIDE
+        file = self._disk.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            write_all(file, HEADER + first, 0, disk=self._disk)
+            self._disk.fsync(file)
+            self._disk.replace(aside, segment_path(self._directory, number))
+        except OSError:
+            self._disk.close(file)
+            raise
         if self._file >= 0:
             self._disk.close(self._file)
         self._file, self._segment = file, number
         self._durable_bytes = len(HEADER) + len(first)
+        self._is_named = False
+        self._sync_name()
+
+    def _sync_name(self) -> None:
+        """Nothing in a segment counts before its name is safe, however often that fails."""
+        if not self._is_named:
+            sync_directory(self._directory, disk=self._disk)
+            self._is_named = True
 
 
 def read_journal(directory: Path, disk: Disk = SYSTEM) -> Iterator[tuple[int, Record]]:

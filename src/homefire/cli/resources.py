@@ -1,4 +1,4 @@
-"""`homefire trainer|deployment|checkpoint|model|shape list|get|delete`."""
+"""`homefire trainer|deployment|checkpoint|model|shape list|get|delete`; a trainer job has more verbs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoints, trainer_pause, trainer_replay
+from homefire.cli import checkpoints, trainer_create, trainer_pause, trainer_replay
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table
@@ -63,6 +63,7 @@ KINDS = (
             Column("state", lambda row: row["state"].removeprefix("JOB_STATE_")),
             Column("base model", _value("trainingConfig", "baseModel")),
             Column("mode", _value("trainerMode")),
+            Column("ranks", _value("engineRanks")),
             _CREATED,
             _NOTE,
         ),
@@ -117,6 +118,7 @@ def add_parser(commands: Commands) -> None:
     for kind in KINDS:
         verbs = _add_kind(commands, kind)
         if kind.command == "trainer":
+            trainer_create.add_verb(verbs)
             trainer_pause.add_verbs(verbs)
             trainer_replay.add_verb(verbs)
     checkpoints.add_parser(commands)

@@ -65,8 +65,8 @@ class Server:
     def delete(self, path: str, **query: Any) -> None:
         self._request("DELETE", path, query)
 
-    def post(self, path: str, body: Any) -> Any:
-        return json.loads(self._request("POST", path, {}, body))
+    def post(self, path: str, body: Any, **query: Any) -> Any:
+        return json.loads(self._request("POST", path, query, body))
 
     def put(self, path: str, body: Any) -> Any:
         return json.loads(self._request("PUT", path, {}, body))

@@ -10,7 +10,9 @@ from homefire.control.db.rows import Need
 from homefire.wire.specs import TrainerMode
 
 _PROCESS_BYTES = 400 << 20
-"""Python, torch and a batch of small rows."""
+"""Of each rank: Python, torch and a batch of small rows."""
+_WHOLE_COPY_BYTES_PER_PARAMETER = 4
+"""A rank beyond the first reads the whole model in float32 before it keeps its part."""
 _BYTES_PER_PARAMETER = {
     TrainerMode.FULL: 22,  # float32 masters, two moments, gradient, compute copy, last snapshot
     TrainerMode.LORA: 6,
@@ -27,26 +29,32 @@ _ACTIVATION_SHARE = 0.5
 """Of the memory that the weights leave: graphs kept for custom losses and large saves want the rest."""
 
 
-def trainer_need(directory: Path, mode: TrainerMode) -> Need:
-    return _need(directory, _BYTES_PER_PARAMETER[mode])
+def trainer_need(directory: Path, mode: TrainerMode, ranks: int = 1) -> Need:
+    """Of all ranks together. They share what one engine gets of the cores, a thread each at least."""
+    per_parameter = _BYTES_PER_PARAMETER[mode] + (ranks - 1) * _WHOLE_COPY_BYTES_PER_PARAMETER
+    threads = max(1, threads_per_engine() // ranks)
+    return Need(
+        ranks * threads, ranks * _PROCESS_BYTES + per_parameter * _num_parameters(directory)
+    )
 
 
 def replica_need(directory: Path) -> Need:
-    return _need(directory, _REPLICA_BYTES_PER_PARAMETER)
+    weights = _REPLICA_BYTES_PER_PARAMETER * _num_parameters(directory)
+    return Need(threads_per_engine(), _PROCESS_BYTES + weights)
 
 
-def _need(directory: Path, bytes_per_parameter: int) -> Need:
-    parameters = parameter_count(directory, read_model_config(directory))
-    return Need(threads_per_engine(), _PROCESS_BYTES + bytes_per_parameter * parameters)
+def _num_parameters(directory: Path) -> int:
+    return parameter_count(directory, read_model_config(directory))
 
 
-def micro_batch_tokens(directory: Path, need: Need, capacity: Capacity) -> int:
-    """Tokens whose activations fit beside the weights; a row is never cut, so one may exceed it.
+def micro_batch_tokens(directory: Path, need: Need, capacity: Capacity, ranks: int = 1) -> int:
+    """Tokens whose activations fit beside the weights; a row is never cut, so one may exceed it. Each
+    rank has its own of them at the same time.
 
     Found once per job and stored with it: bits depend on how a batch is cut.
     """
     room = _ACTIVATION_SHARE * (capacity.memory_bytes - need.memory_bytes)
-    fitting = int(room / max(1, _activation_bytes(read_model_config(directory))))
+    fitting = int(room / max(1, ranks * _activation_bytes(read_model_config(directory))))
     return max(_SMALLEST_MICRO_BATCH, min(MICRO_BATCH_TOKENS, fitting))
 
 

@@ -18,6 +18,7 @@ from homefire.control.db.rows import BaseModel, JobConfig, JobRow, ModelRow, Sup
 from homefire.control.footprint import micro_batch_tokens, trainer_need
 from homefire.control.lifecycle import JOB_ALREADY, JOB_ENDED, JobEvent, job_after
 from homefire.control.names import check_id, id_in
+from homefire.control.rank_count import COUNT_FIELD, rank_count
 from homefire.control.reconcile import Reconciler
 from homefire.control.shapes import Shape, find_shape
 from homefire.control.supervision import after_request
@@ -64,11 +65,7 @@ class Jobs:
         request = _with_deployment(request, deployment_id)
         promoted = await self.database.transact(tables.models)
         config = await asyncio.to_thread(self._configure, request, training_shape, promoted)
-        if (lack := never_fits(self.capacity, config.need)) is not None:
-            raise FailedPrecondition(
-                f"{config.base_model.name} cannot be trained here, {lack}",
-                hint="use a smaller model or LoRA, or a larger machine",
-            )
+        _require_room(self.capacity, config)
         now = self.clock.now()
         job = JobRow(
             id=job_id,
@@ -163,7 +160,8 @@ class Jobs:
         model = self.catalog.resolve(name, promoted)
         mode, rank = _mode(request, shape)
         directory = Path(model.directory)
-        need = trainer_need(directory, mode)
+        ranks = rank_count(request, shape)
+        need = trainer_need(directory, mode, ranks)
         return JobConfig(
             request=request,
             training_shape=training_shape,
@@ -172,7 +170,8 @@ class Jobs:
             lora_rank=rank,
             max_context_length=_context_length(asked.max_context_length, shape, model),
             need=need,
-            micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity),
+            micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity, ranks),
+            ranks=ranks,
             retention=retention,
         )
 
@@ -188,6 +187,23 @@ def find_job(connection: sqlite3.Connection, account: str, job_id: str) -> JobRo
             hint="list the account's rlorTrainerJobs",
         )
     return job
+
+
+def _require_room(capacity: Capacity, config: JobConfig) -> None:
+    """FailedPrecondition for what no waiting would help."""
+    if (lack := never_fits(capacity, config.need)) is None:
+        return
+    name = config.base_model.name
+    if config.ranks == 1:
+        raise FailedPrecondition(
+            f"{name} cannot be trained here, {lack}",
+            hint="use a smaller model or LoRA, or a larger machine",
+        )
+    raise FailedPrecondition(
+        f"{name} cannot be trained here by {config.ranks} engine ranks, {lack}",
+        hint="ask for fewer ranks, a smaller model or LoRA, or use a larger machine",
+        field="trainingShape" if config.training_shape else COUNT_FIELD,
+    )
 
 
 def _refuse(request: TrainerJobRequest) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from homefire.checkpoints.manifest_file import read_manifest
+from homefire.control.capacity import num_cores
 from homefire.control.catalog import Catalog, base_model_details
 from homefire.control.db import tables
 from homefire.control.db.database import Database
@@ -121,7 +122,9 @@ class Models:
         return model_resource(row, details=base_model_details(directory), peft=None)
 
     def _shapes(self, promoted: list[ModelRow]) -> list[TrainingShapeVersion]:
-        shapes = generated_shapes(self.account, self.catalog.entries(promoted))
+        shapes = generated_shapes(
+            self.account, self.catalog.entries(promoted), max_ranks=num_cores()
+        )
         unique = {shape.name: shape for shape in reversed(shapes)}
         versions = [self._version(shape, promoted) for shape in reversed(unique.values())]
         return [version for version in versions if version.snapshot.max_supported_context_length]

@@ -17,6 +17,8 @@ from homefire.control.db.rows import (
     OperationRow,
     ReplicaRow,
 )
+from homefire.control.rank_count import names_other_hardware
+from homefire.control.shapes import accelerators_named
 from homefire.foundation.clock import rfc3339
 from homefire.wire.ids import checkpoint_name, deployment_name, job_name, model_name
 from homefire.wire.internal import TrainerState, TrainerStatus
@@ -78,6 +80,7 @@ def job_resource(job: JobRow, trainer: TrainerStatus | None, *, store: Path) -> 
         ),
         training_shape=config.training_shape,
         trainer_mode=config.mode,
+        engine_ranks=config.ranks,
         dataset=request.dataset or "",
         service_mode=request.service_mode is not False,
         keep_alive=bool(request.keep_alive),
@@ -118,17 +121,29 @@ def _job_message(job: JobRow, trainer: TrainerStatus | None) -> str:
     notes = [
         f"{decided} recorded, not applied: optim_step decides" if decided else "",
         f"{pointless} recorded, not applied: this machine is your own" if pointless else "",
+        _rank_note(job),
     ]
     text = "; ".join(filter(None, [job.message or doing(trainer), *notes]))
     is_surprising = pointless not in ("", "useReservation") and not job.message
     return f"Warning: {text}" if is_surprising else text
 
 
+def _rank_note(job: JobRow) -> str:
+    shape = job.config.training_shape
+    named = accelerators_named(shape) if shape else None
+    if named is None or named == job.config.ranks:
+        return ""
+    return (
+        f"{shape} counts {named} accelerators of the hosted service: the engine has one rank here"
+    )
+
+
 def _pointless_here(request: TrainerJobRequest) -> str:
     asked = request.training_config
+    is_elsewhere = names_other_hardware(request)
     return _named(
-        acceleratorType=asked.accelerator_type,
-        acceleratorCount=asked.accelerator_count,
+        acceleratorType=asked.accelerator_type if is_elsewhere else None,
+        acceleratorCount=asked.accelerator_count if is_elsewhere else None,
         region=asked.region,
         customImageTag=asked.custom_image_tag,
         nodeCount=_above_one(request.node_count),

@@ -41,7 +41,8 @@ class ProcessPlan:
             mode=config.mode,
             lora_rank=config.lora_rank,
             max_context_length=config.max_context_length,
-            threads=config.need.threads,
+            threads=config.need.threads // config.ranks,
+            ranks=config.ranks,
             micro_batch_tokens=config.micro_batch_tokens,
             store_root=str(self.home.store),
             job_dir=str(directory),
@@ -59,7 +60,7 @@ class ProcessPlan:
             spec_file=str(directory / "spec.json"),
             spec=msgspec.json.encode(spec),
             log_file=str(directory / "front.log"),
-            threads=config.need.threads,
+            threads=spec.threads,
             nonce=nonce,
             listen=listen,
         )

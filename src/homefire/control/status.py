@@ -64,6 +64,7 @@ def _job(job: JobRow, seen: SeenTrainer) -> JobReport:
         num_unsaved=status.num_unsaved if status else 0,
         engine_restarts=status.engine_restarts if status else 0,
         restarts=job.supervision.restarts,
+        ranks=job.config.ranks,
         detail=status.detail if status else "",
         held_graph_bytes=graphs.held_bytes,
         held_graph_budget_bytes=graphs.budget_bytes,

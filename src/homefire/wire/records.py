@@ -166,6 +166,8 @@ class JobReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     """Operations since the newest recovery point: what a death now would replay."""
     engine_restarts: int = 0
     restarts: int = 0
+    ranks: int = 1
+    """Processes of the engine."""
     detail: str = ""
     held_graph_bytes: int = 0
     """Kept between the two calls of custom losses."""

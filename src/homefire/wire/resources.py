@@ -184,6 +184,8 @@ class TrainerJob(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     training_config: TrainingConfig
     training_shape: str | None = None
     trainer_mode: TrainerMode
+    engine_ranks: int = 1
+    """Ours: processes that the job's parameters and rows are divided among."""
     dataset: str = ""
     service_mode: bool = True
     keep_alive: bool = False

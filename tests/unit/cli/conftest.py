@@ -25,6 +25,7 @@ class Stub:
 
     answers: dict[str, Any] = field(default_factory=dict)
     seen: list[str] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
     url: str = ""
 
     def answer(self, method: str, target: str, key: str) -> tuple[int, bytes]:
@@ -47,6 +48,9 @@ def stub() -> Iterator[Stub]:
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
+            length = int(self.headers.get("content-length") or 0)
+            if length:
+                stub.bodies.append(self.rfile.read(length))
             status, body = stub.answer(self.command, self.path, self.headers.get("x-api-key", ""))
             self.send_response(status)
             self.send_header("content-length", str(len(body)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -88,6 +89,36 @@ def test_a_list_follows_pages_and_shows_a_table(homefire, control):
 def test_a_list_as_json_has_every_field(homefire, control):
     control.answers["GET /v1/accounts/local/rlorTrainerJobs"] = {"rlorTrainerJobs": [JOB]}
     assert homefire("trainer", "list", "--json").json == {"rlorTrainerJobs": [JOB]}
+
+
+def test_a_job_is_created_with_what_was_asked_and_waited_for(homefire, control):
+    states = iter(["CREATING", "RUNNING"])
+    created = {**JOB, "state": "JOB_STATE_PENDING", "engineRanks": 2}
+    control.answers["POST /v1/accounts/local/rlorTrainerJobs"] = lambda query: {
+        **created,
+        "status": {"message": f"needs 2 threads for {query['trainingShape']}"},
+    }
+    control.answers[f"GET /v1/{JOB['name']}"] = lambda query: {
+        **created,
+        "state": f"JOB_STATE_{next(states)}",
+        "status": {"message": ""},
+    }
+    words = ("--shape", "tiny-full", "--ranks", "2", "--wait")
+    outcome = homefire("trainer", "create", "job-1", "--base-model", "tiny", *words)
+    assert outcome.out == "trainer job job-1 is RUNNING, 2 engine ranks\n"
+    assert outcome.err == "needs 2 threads for accounts/local/trainingShapes/tiny-full\n"
+    assert outcome.status == 0
+    sent = json.loads(control.bodies[-1])
+    assert sent == {"trainingConfig": {"baseModel": "tiny", "loraRank": 0, "acceleratorCount": 2}}
+
+
+def test_a_job_that_was_waited_for_and_failed_is_an_error(homefire, control):
+    control.answers["POST /v1/accounts/local/rlorTrainerJobs"] = {
+        **JOB,
+        "state": "JOB_STATE_FAILED",
+    }
+    outcome = homefire("trainer", "create", "--base-model", "tiny", "--wait")
+    assert (outcome.status, "FAILED" in outcome.out) == (1, True)
 
 
 def test_an_empty_list_says_so(homefire, control):

@@ -73,6 +73,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     need: Need
     micro_batch_tokens: int = 8192
     """Token budget of one micro-batch. The default is that of jobs made before it was recorded."""
+    ranks: int = 1
+    """Processes of its engine. The default is that of jobs made before shapes could ask for more."""
     pooled: bool = False
     """A trainer of the root Tinker plane: its models have slots of their own."""
     retention: RetentionPolicy = RetentionPolicy()

@@ -120,11 +120,14 @@ def start_loop(
     deployment_id: str = "serving",
     lora_rank: int = 0,
     base_model: str = "tiny",
+    ranks: int | None = None,
 ) -> Loop:
     """Requests a trainer and a deployment linked to it, waits for both and connects."""
     jobs = TrainerJobManager(api_key=server.api_key, base_url=server.url)
     deployments = DeploymentManager(api_key=server.api_key, base_url=server.url)
-    job = jobs.create(TrainerJobConfig(base_model=base_model, lora_rank=lora_rank))
+    job = jobs.create(
+        TrainerJobConfig(base_model=base_model, lora_rank=lora_rank, accelerator_count=ranks)
+    )
     deployments.create_or_get(
         DeploymentConfig(
             deployment_id=deployment_id, base_model=base_model, hot_load_trainer_job=job.job_name

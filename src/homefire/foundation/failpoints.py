@@ -1,8 +1,9 @@
-"""Named places where a test can kill the process or make a call fail.
+"""Named places where a test can kill the process, hang it or make a call fail.
 
 `failpoint("journal.after_fsync_before_ack")` does nothing unless the environment variable
 `HOMEFIRE_FAILPOINTS` names it, e.g. `journal.after_fsync_before_ack=kill@3` (the third time it is
-reached) or `store.before_commit=eio`. Several are separated by `;`. Services refuse to start with
+reached) or `store.before_commit=eio`. `kill@3:/tmp/flag` acts once for all processes that share the
+environment: only if it can create the file. Several are separated by `;`. Services refuse to start with
 failpoints enabled when they listen off loopback (see `check_allowed`).
 """
 
@@ -11,20 +12,31 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 VARIABLE = "HOMEFIRE_FAILPOINTS"
 _ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 
 
-def _parse(text: str) -> dict[str, tuple[str, int]]:
-    actions: dict[str, tuple[str, int]] = {}
+class _Action(NamedTuple):
+    verb: str
+    count: int
+    flag: str
+    """A file; empty: every process acts."""
+
+
+def _parse(text: str) -> dict[str, _Action]:
+    actions: dict[str, _Action] = {}
     for item in filter(None, text.split(";")):
         name, _, action = item.partition("=")
-        verb, _, count = action.partition("@")
-        if verb not in {"kill", *_ERRORS}:
+        what, _, flag = action.partition(":")
+        verb, _, count = what.partition("@")
+        if verb not in {"kill", "hang", "oom", *_ERRORS}:
             raise ValueError(f"{VARIABLE}: unknown action {verb!r} in {item!r}")
-        actions[name] = (verb, int(count or 1))
+        actions[name] = _Action(verb, int(count or 1), flag)
     return actions
 
 
@@ -35,12 +47,28 @@ _reached: Counter[str] = Counter()
 def failpoint(name: str) -> None:
     if not _actions or name not in _actions:
         return
-    verb, count = _actions[name]
+    action = _actions[name]
     _reached[name] += 1
-    if _reached[name] != count:
-        return
+    if _reached[name] == action.count and _is_first(action.flag):
+        _act(action.verb, name)
+
+
+def _is_first(flag: str) -> bool:
+    try:
+        if flag:
+            Path(flag).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _act(verb: str, name: str) -> None:
     if verb == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if verb == "hang":
+        threading.Event().wait()
+    if verb == "oom":
+        raise MemoryError(f"failpoint {name}")
     raise OSError(_ERRORS[verb], f"failpoint {name}")
 
 

@@ -23,7 +23,7 @@ _ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 
 class _Action(NamedTuple):
     verb: str
-    count: int
+    nth: int
     flag: str
     """A file; empty: every process acts."""
 
@@ -49,7 +49,7 @@ def failpoint(name: str) -> None:
         return
     action = _actions[name]
     _reached[name] += 1
-    if _reached[name] == action.count and _is_first(action.flag):
+    if _reached[name] == action.nth and _is_first(action.flag):
         _act(action.verb, name)
 
 

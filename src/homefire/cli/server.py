@@ -48,6 +48,9 @@ class Server:
         """The answer as JSON."""
         return json.loads(self._request("GET", path, query))
 
+    def text(self, path: str, **query: Any) -> str:
+        return self._request("GET", path, query).decode()
+
     def get_as(self, kind: type[Answer], path: str, **query: Any) -> Answer:
         return msgspec.json.decode(self._request("GET", path, query), type=kind)
 

@@ -14,13 +14,21 @@ from homefire.control.db.database import Database
 from homefire.control.db.rows import ClientMetricsRow, EvaluationRow, JobRow
 from homefire.control.job_records import job_events, metrics_rows, replica_events
 from homefire.control.lineage import lineage_of
+from homefire.control.lineage_graph import account_graph, answer
 from homefire.control.presentation import evaluation_resource
 from homefire.foundation.clock import Clock
 from homefire.foundation.home import Home
 from homefire.wire.errors import FailedPrecondition, NotFound
 from homefire.wire.ids import new_id
 from homefire.wire.manifest import Manifest
-from homefire.wire.records import Evaluation, EvaluationEntry, Lineage, MetricsEntry, MetricsRow
+from homefire.wire.records import (
+    Evaluation,
+    EvaluationEntry,
+    Lineage,
+    LineageQuestion,
+    MetricsEntry,
+    MetricsRow,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,16 @@ class RunRecords:
                 hint="name one by its path, with `tinker checkpoint …`",
             )
         return found[0]
+
+    async def account_lineage(self, account: str, question: LineageQuestion) -> Lineage:
+        """The part of the account's graph that the question is about; tombstones are in it."""
+        jobs = [job for job in await self.database.transact(tables.jobs) if job.account == account]
+        rows = await self.database.transact(tables.deployments)
+        graph = account_graph(
+            [await self.lineage(job) for job in jobs],
+            [row for row in rows if row.account == account],
+        )
+        return answer(graph, question)
 
     async def lineage(self, job: JobRow) -> Lineage:
         evaluations = await self.evaluations(job.account)

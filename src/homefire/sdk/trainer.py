@@ -196,6 +196,22 @@ class TrainerJobManager(FireworksClient):
         """Steps, snapshots, hot loads and evaluations of the job, and their edges."""
         return self._connection.call("GET", f"{self._path(job_id)}/lineage")
 
+    def get_account_lineage(
+        self,
+        *,
+        weights: str | None = None,
+        job: str | None = None,
+        step: int | None = None,
+        model: str | None = None,
+        direction: str = "both",
+    ) -> dict[str, Any]:
+        """One graph of the account's weights, or its part `up` or `down` from weights, a model, a job,
+        or a step of a job. `weights` as completions name them. A homefire route."""
+        asked = {"weights": weights, "job": job, "step": step, "model": model}
+        params = {name: str(value) for name, value in asked.items() if value is not None}
+        path = f"/v1/accounts/{self.account_id}/lineage"
+        return self._connection.call("GET", path, params={**params, "direction": direction})
+
     def get_retention(self, job_id: str) -> dict[str, Any]:
         """Which checkpoints of the job stay; every rule is null where all do."""
         return self._connection.call("GET", f"{self._path(job_id)}/retention")

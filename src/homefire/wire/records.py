@@ -81,7 +81,11 @@ class NodeKind(StrEnum):
     EVALUATION = "evaluation"
     """Scores of one set of weights."""
     PROMOTED = "promoted"
-    """A model resource made from a snapshot."""
+    """A model resource made from a snapshot; in an account's graph it is a `model`."""
+    JOB = "job"
+    """A trainer job; in an account's graph only, as is the next."""
+    DEPLOYMENT = "deployment"
+    """A deployment."""
 
 
 class LineageNode(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -107,6 +111,36 @@ class EdgeKind(StrEnum):
     """snapshot -> evaluation."""
     PROMOTED = "promoted"
     """snapshot -> model."""
+    STARTED = "started"
+    """model -> job."""
+    SERVED = "served"
+    """model -> the deployments of it; snapshot -> the deployment that serves it."""
+
+
+class Direction(StrEnum):
+    """Which way a lineage is followed from a node."""
+
+    UP = "up"
+    """What it was made of."""
+    DOWN = "down"
+    """What was made of it."""
+    BOTH = "both"
+
+
+class LineageQuestion(msgspec.Struct, frozen=True, kw_only=True):
+    """Where in an account's lineage to begin; without anything, all of it.
+
+    Example: LineageQuestion(job="job-3f9a1c2e", step=40, direction=Direction.DOWN).
+    """
+
+    weights: str = ""
+    """As completions name them: `step_00040-4b50536f; sha=9f86d081884c7d65`."""
+    job: str = ""
+    step: int | None = None
+    """Of `job`."""
+    model: str = ""
+    node: str = ""
+    direction: Direction = Direction.BOTH
 
 
 class LineageEdge(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ from homefire.sdk import (
     TrainerJobConfig,
     TrainerJobManager,
 )
+from homefire.sdk.evaluations import request_options
 from homefire.wire.manifest import CheckpointFamily
 from journeys.loop import BATCH, Loop, start_loop
 
@@ -208,3 +209,70 @@ def test_what_does_not_fit_waits_with_its_reason_and_starts_when_there_is_room(l
     loop.jobs.wait_for_ready(jobs[-1].job_id, timeout_s=120)
     for job in jobs[1:]:
         loop.jobs.delete(job.job_id)
+
+
+PROMPTS = [list(b"sorted: 1"), list(b"homefire "), list(b"a longer")]
+SEEDED = {"temperature": 1.0, "max_tokens": 6, "seed": "index of the prompt"}
+
+
+def sampled(loop: Loop, sampling) -> list:
+    sampler = DeploymentSampler(
+        loop.server.url, f"accounts/local/deployments/{loop.deployment_id}", loop.server.api_key
+    )
+
+    async def together():
+        return [
+            (await sampler.sample_with_prompt_tokens(prompt, **request_options(sampling, index=i)))[
+                0
+            ]
+            for i, prompt in enumerate(PROMPTS)
+        ]
+
+    return asyncio.run(together())
+
+
+def recorded(loop: Loop, completions, *, sampling, **fields) -> str:
+    newest = loop.store.list("local", loop.job.job_id, family=CheckpointFamily.SAMPLER)[-1]
+    client = FireworksClient(api_key=loop.server.api_key, base_url=loop.server.url)
+    record = client.record_evaluation(
+        "rerun",
+        identity=newest.identity,
+        digest=newest.digest,
+        scores={"length": 6.0},
+        job=loop.job.job_id,
+        sampling=sampling,
+        completions=completions,
+        **{"deployment": loop.deployment_id, **fields},
+    )
+    return record["id"]
+
+
+def test_an_evaluation_is_run_again_where_its_weights_are_served_and_where_they_are_not(loop):
+    completions = sampled(loop, SEEDED)
+    served = recorded(loop, completions, sampling=SEEDED)
+    said = json.loads(loop.server.cli("eval", "rerun", served, "--json").stdout)
+    assert (said["reproduced"], said["same_completions"]) == (True, True)
+
+    elsewhere = recorded(loop, completions, sampling=SEEDED, deployment="")
+    said = json.loads(loop.server.cli("eval", "rerun", elsewhere, "--json").stdout)
+    assert said["reproduced"] is True
+    assert loop.deployments.get(f"rerun-{elsewhere.rpartition('-')[2]}") is None
+
+    other = recorded(loop, completions[::-1], sampling=SEEDED)
+    failed = loop.server.cli("eval", "rerun", other, check=False)
+    assert failed.returncode == 1
+    assert "NOT reproduced" in failed.stdout
+
+
+def test_an_evaluation_that_cannot_be_run_again_says_why(loop):
+    completions = sampled(loop, SEEDED)
+    unseeded = recorded(loop, completions, sampling={"temperature": 1.0, "max_tokens": 6})
+    without = recorded(loop, None, sampling=SEEDED)
+    for name, reason in (
+        (unseeded, "without a seed"),
+        (without, "recorded without its prompts"),
+        ("evaluation-none", "does not exist"),
+    ):
+        refused = loop.server.cli("eval", "rerun", name, check=False)
+        assert refused.returncode == 1
+        assert reason in refused.stderr

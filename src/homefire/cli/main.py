@@ -6,7 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from homefire.cli import env, lineage, logs, quickstart, resources, sessions, status, up, version
+from homefire.cli import (
+    env,
+    evaluations,
+    lineage,
+    logs,
+    quickstart,
+    resources,
+    sessions,
+    status,
+    up,
+    version,
+)
 
 EPILOG = """\
 examples:
@@ -26,7 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (up, env, status, quickstart, resources, lineage, sessions, logs, version):
+    for module in (
+        up,
+        env,
+        status,
+        quickstart,
+        resources,
+        lineage,
+        evaluations,
+        sessions,
+        logs,
+        version,
+    ):
         module.add_parser(commands)
     return parser
 

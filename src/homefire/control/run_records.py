@@ -16,6 +16,7 @@ from homefire.control.job_records import job_events, metrics_rows, replica_event
 from homefire.control.lineage import lineage_of
 from homefire.control.lineage_graph import account_graph, answer
 from homefire.control.presentation import evaluation_resource
+from homefire.control.prompt_sets import keep_prompt_set, read_prompt_set
 from homefire.foundation.clock import Clock
 from homefire.foundation.home import Home
 from homefire.wire.errors import FailedPrecondition, NotFound
@@ -28,6 +29,7 @@ from homefire.wire.records import (
     LineageQuestion,
     MetricsEntry,
     MetricsRow,
+    PromptSet,
 )
 
 
@@ -57,7 +59,34 @@ class RunRecords:
         rows = await self.database.transact(lambda c: tables.evaluations(c, account))
         return [evaluation_resource(row) for row in rows if job_id in (None, row.job)]
 
+    async def evaluation(self, account: str, evaluation_id: str) -> Evaluation:
+        """NotFound when the account has none of that id."""
+        for found in await self.evaluations(account):
+            if found.id == evaluation_id:
+                return found
+        raise NotFound(
+            f"evaluation {evaluation_id!r} does not exist", hint="list the account's evaluations"
+        )
+
+    async def prompts(self, account: str, evaluation_id: str) -> PromptSet:
+        """FailedPrecondition when the record came without its prompts, or they were lost."""
+        found = await self.evaluation(account, evaluation_id)
+        sha256 = found.prompt_tokens_sha256
+        if not sha256:
+            raise FailedPrecondition(
+                f"evaluation {evaluation_id} was recorded without its prompts",
+                hint="record it with `completions` (or promptTokens), which keeps them",
+            )
+        return await asyncio.to_thread(read_prompt_set, self.home, sha256)
+
     async def add_evaluation(self, account: str, entry: EvaluationEntry) -> Evaluation:
+        sha256 = ""
+        if entry.prompt_tokens:
+            sha256 = await asyncio.to_thread(keep_prompt_set, self.home, entry.prompt_tokens)
+        num_prompts = entry.num_prompts or len(entry.prompt_tokens)
+        entry = msgspec.structs.replace(
+            entry, prompt_tokens=[], prompt_tokens_sha256=sha256, num_prompts=num_prompts
+        )
         row = EvaluationRow(
             id=new_id("evaluation"),
             account=account,

@@ -7,6 +7,7 @@ HOME/
 ├── control.sqlite3    jobs, deployments, models
 ├── models/            the default model root; `tiny` is made here, promoted models land here
 ├── store/             <account>/<job>/<slot>/{sampler,state}/<name>/
+├── prompt_sets/       what evaluations asked, by digest
 ├── jobs/<job>/        journal/, recovery/, events.jsonl, spec.json, *.log
 ├── deployments/<d>/<replica>/   events.jsonl, spec.json, replica.log
 └── run/               up.lock, up.json, routes.json, specs and sockets of gateway and control
@@ -61,6 +62,11 @@ class Home:
     @property
     def store(self) -> Path:
         return self.root / "store"
+
+    @property
+    def prompt_sets(self) -> Path:
+        """Prompts of evaluations, by digest; made with the first."""
+        return self.root / "prompt_sets"
 
     @property
     def run(self) -> Path:

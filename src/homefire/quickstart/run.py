@@ -24,6 +24,7 @@ from homefire.quickstart.task import (
     training_prompt,
 )
 from homefire.sdk import AdaptiveConcurrencyController, DeploymentSampler
+from homefire.sdk.evaluations import SEED_IS_INDEX
 
 _UPDATES_IN_FLIGHT = 4
 """Supervised updates submitted ahead, so that the trainer never waits for this script."""
@@ -116,7 +117,7 @@ class Run:
         self.window.step_completed()
         evaluation = _evaluation(name, snapshot, prompts, answers)
         self.log.evaluation(evaluation)
-        self._record_on_server(evaluation)
+        self._record_on_server(evaluation, answers)
         self.story.say(f"{snapshot.identity}: held-out reward {evaluation.reward:.3f}")
         return evaluation
 
@@ -167,7 +168,7 @@ class Run:
             rng=order,
         )
 
-    def _record_on_server(self, evaluation: Evaluation) -> None:
+    def _record_on_server(self, evaluation: Evaluation, answers: list[Rollout]) -> None:
         self.lab.jobs.record_evaluation(
             evaluation.name,
             deployment=self.lab.deployment_id,
@@ -180,10 +181,12 @@ class Run:
             sampling={
                 "temperature": 1.0,
                 "max_tokens": self.settings.max_answer_tokens,
-                "seed": "index of the prompt",
+                "seed": SEED_IS_INDEX,
                 "instruction": self.settings.instruction,
             },
             job=self.lab.job.job_id,
+            completions=[answer.completion for answer in answers],
+            scorer="homefire.quickstart.rescoring:score",
         )
 
 

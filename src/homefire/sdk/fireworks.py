@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 import msgspec
 
+from homefire.sdk.completions import SampledCompletion
 from homefire.sdk.config import TrainingShapeProfile
 from homefire.sdk.connection import ASK_ONCE, Connection, Json, error_text
+from homefire.sdk.evaluations import check_same_weights, completions_sha256, prompts_of
 from homefire.sdk.progress import Progress
 from homefire.sdk.settings import resolve_api_key, resolve_base_url
 from homefire.sdk.waiting import Waiter
@@ -27,6 +29,9 @@ _MAX_MODEL_ID = 63
 _PROMOTE_TIMEOUT_S = 300.0
 _OPERATION_TIMEOUT_S = 7200.0
 _OPERATION_INTERVAL_S = 10.0
+
+_WITH_COMPLETIONS = frozenset({"promptTokens", "promptTokensSha256", "completionsSha256", "scorer"})
+"""Fields of an evaluation that are sent only when there is something in them."""
 
 
 class FireworksClient:
@@ -153,13 +158,21 @@ class FireworksClient:
         num_prompts: int = 0,
         sampling: Mapping[str, Any] | None = None,
         job: str = "",
+        completions: Sequence[SampledCompletion] | None = None,
+        scorer: str = "",
     ) -> dict[str, Any]:
         """Stores the result of an evaluation beside the weights that it was measured on.
 
         `identity` and `digest` are those of `SampledCompletion.weights`, `prompts_sha256` names
-        the exact prompt set, `job` the trainer whose lineage it joins. Returns the stored record.
-        A homefire route, not a Fireworks one.
+        the exact prompt set, `job` the trainer whose lineage it joins. With `completions`, one per
+        prompt, in order, the record holds what `homefire eval rerun` needs: the prompts, and the
+        digest of what was answered; `sampling` must then say `max_tokens`, `temperature` and, unless
+        greedy, `seed`: a number, or "index of the prompt". `scorer` names the function that made the
+        scores, `package.module:function`. Returns the stored record. ValueError when a completion
+        was made by other weights. A homefire route, not a Fireworks one.
         """
+        answered = list(completions or ())
+        check_same_weights(answered, identity=identity, digest=digest)
         entry = EvaluationEntry(
             name=name,
             deployment=deployment,
@@ -171,9 +184,13 @@ class FireworksClient:
             sampling=dict(sampling or {}),
             scores=dict(scores),
             job=job,
+            prompt_tokens=prompts_of(answered),
+            completions_sha256=completions_sha256(answered) if answered else "",
+            scorer=scorer,
         )
         body: Json = msgspec.to_builtins(entry)
-        return self._connection.call("POST", self._evaluations_path, body=body)
+        given = {k: v for k, v in body.items() if v or k not in _WITH_COMPLETIONS}
+        return self._connection.call("POST", self._evaluations_path, body=given)
 
     def list_evaluations(self, *, job: str | None = None) -> list[dict[str, Any]]:
         """The account's evaluation records, or those of one job."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -53,6 +55,24 @@ class EvaluationEntry(msgspec.Struct, frozen=True, rename="camel", kw_only=True)
     scores: dict[str, float] = {}
     job: str = ""
     """Id or resource name of the trainer job that made the weights."""
+    prompt_tokens: list[list[int]] = []
+    """The prompts themselves, kept once per set and left out of listings: what a rerun needs."""
+    prompt_tokens_sha256: str = ""
+    """Names the kept set; control computes it."""
+    completions_sha256: str = ""
+    """`token_lists_sha256` of the completions' tokens, in the order of the prompts."""
+    scorer: str = ""
+    """What made the scores, as `package.module:function`; see `homefire eval rerun`."""
+
+
+class PromptSet(msgspec.Struct, frozen=True, rename="camel"):
+    sha256: str
+    prompt_tokens: list[list[int]]
+
+
+def token_lists_sha256(lists: Sequence[Sequence[int]]) -> str:
+    """SHA-256, hex, of the lists as compact JSON: `[[72,105],[72,111]]`."""
+    return hashlib.sha256(msgspec.json.encode([list(tokens) for tokens in lists])).hexdigest()
 
 
 class Evaluation(EvaluationEntry, frozen=True, rename="camel", kw_only=True):

@@ -260,3 +260,27 @@ async def test_a_name_that_two_models_of_a_pool_used_is_not_guessed_at(
     refused = await control.call("DELETE", f"{JOB}/checkpoints/final", expect=400)
     assert "ts-1:train:0/sampler/final" in refused["error"]["hint"] + refused["error"]["message"]
     assert len((await control.call("GET", f"{JOB}/checkpoints"))["checkpoints"]) == 2
+
+
+async def test_the_prompts_of_an_evaluation_are_kept_once_and_given_back(
+    bench: Any, control: Any
+) -> None:
+    entry = {"name": "e", "deployment": "d1", "identity": "s", "promptTokens": [[1, 2], [3]]}
+    path = "/v1/accounts/local/evaluations"
+    first = await control.call("POST", path, entry)
+    await control.call("POST", path, entry)
+    assert (first["numPrompts"], first["promptTokens"]) == (2, [])
+    assert await control.call("GET", f"{path}/{first['id']}") == first
+    prompts = await control.call("GET", f"{path}/{first['id']}/prompts")
+    assert prompts == {"sha256": first["promptTokensSha256"], "promptTokens": [[1, 2], [3]]}
+    (kept,) = bench.home.prompt_sets.iterdir()
+    kept.write_text("[[1,2],[4]]")
+    damaged = await control.call("GET", f"{path}/{first['id']}/prompts", expect=500)
+    assert damaged["error"]["code"] == "digest_mismatch"
+    kept.unlink()
+    gone = await control.call("GET", f"{path}/{first['id']}/prompts", expect=400)
+    assert "is gone" in gone["error"]["message"]
+    without = await control.call("POST", path, {**entry, "promptTokens": []})
+    refused = await control.call("GET", f"{path}/{without['id']}/prompts", expect=400)
+    assert "without its prompts" in refused["error"]["message"]
+    await control.call("GET", f"{path}/evaluation-none", expect=404)

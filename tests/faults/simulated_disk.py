@@ -184,6 +184,10 @@ class SimulatedDisk:
 
     # Power cuts ------------------------------------------------------------------------------
 
+    def statvfs(self, path: Path, /) -> os.statvfs_result:
+        """Of a disk of 4 TiB that nothing fills."""
+        return os.statvfs_result((4096, 4096, 1 << 30, 1 << 30, 1 << 30, 0, 0, 0, 0, 255))
+
     def photo(self) -> SimulatedDisk:
         """A copy that later calls do not change."""
         return SimulatedDisk(_copy(self.root, {}))

@@ -50,5 +50,7 @@ class Disk(Protocol):
 
     def rmdir(self, path: Path) -> None: ...
 
+    def statvfs(self, path: Path, /) -> os.statvfs_result: ...
+
 
 SYSTEM: Disk = os

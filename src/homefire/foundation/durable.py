@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.failpoints import failpoint
+
+_READ_BYTES = 4 << 20
 
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o644, disk: Disk = SYSTEM) -> None:
@@ -83,9 +86,25 @@ def remove_tree(path: Path, *, disk: Disk = SYSTEM) -> None:
 
 
 def read_file(path: Path, *, disk: Disk = SYSTEM) -> bytes:
+    return b"".join(chunks_of(path, disk=disk))
+
+
+def chunks_of(path: Path, *, disk: Disk = SYSTEM) -> Iterator[bytes]:
+    """A file's bytes, a piece at a time: the kernel reads 2 GiB at most, however much is asked for."""
+    file, offset = disk.open(path, os.O_RDONLY), 0
+    try:
+        while chunk := disk.pread(file, _READ_BYTES, offset):
+            yield chunk
+            offset += len(chunk)
+    finally:
+        disk.close(file)
+
+
+def size_of(path: Path, *, disk: Disk = SYSTEM) -> int:
+    """In bytes."""
     file = disk.open(path, os.O_RDONLY)
     try:
-        return disk.pread(file, disk.lseek(file, 0, os.SEEK_END), 0)
+        return disk.lseek(file, 0, os.SEEK_END)
     finally:
         disk.close(file)
 

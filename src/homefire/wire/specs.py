@@ -88,6 +88,9 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_cap_bytes: int = 64 << 30
     """A sampler snapshot or state above this is refused; a warning is given from 80 % of it."""
     recovery_interval_s: float = 60.0
+    journal_cap_bytes: int = 4 << 30
+    """Above it results that nobody fetched are moved, so that old segments can go; a quarter of it since
+    the last recovery point brings the next one early. What replays need is never given up."""
     keep_journal: bool = False
     """The journal is never trimmed, so that the whole job can be replayed from its base model."""
     max_open_models: int = 64

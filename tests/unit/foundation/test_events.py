@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+
 from homefire.foundation.clock import ManualClock, rfc3339
 from homefire.foundation.events import EventLog, read_events
 
@@ -35,3 +38,24 @@ def test_a_missing_file_has_no_events(tmp_path):
 
 def test_times_are_written_as_protobuf_json_writes_them():
     assert rfc3339(0.5) == "1970-01-01T00:00:00.500000Z"
+
+
+def test_a_full_disk_delays_events_and_tears_none(tmp_path, monkeypatch):
+    """The disk takes half a line, then nothing, then everything again."""
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path, ManualClock())
+    write = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if not path.stat().st_size:
+            return write(descriptor, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        log.append("first", number=1)
+        log.append("second", number=2)
+        assert list(read_events(path)) == []
+    log.append("third", number=3)
+    log.close()
+    assert [event["number"] for _, event in read_events(path)] == [1, 2, 3]

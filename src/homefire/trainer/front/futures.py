@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from homefire.foundation.clock import Clock
-from homefire.trainer.front.records import Result, decode_result
+from homefire.trainer.front.records import KeptResult, Result, decode_result
 
 RETENTION_S = 900.0
 """How long a result that was read stays readable."""
 UNREAD_RETENTION_S = 6 * 3600.0
 MAX_RESULT_BYTES = 512 << 20
 """Above this, results that were read are forgotten early, oldest first."""
+MAX_UNREAD_BYTES = 2 << 30
+"""Above this, so are those that nobody came for."""
 
 
 @dataclass
@@ -56,6 +58,22 @@ class Futures:
         if event is not None:
             event.set()
 
+    def move(self, kept: KeptResult, segment: int) -> None:
+        """This segment of the journal has the result now; after a restart, this one alone."""
+        stored = self._stored.get(kept.request_id)
+        if stored is not None:
+            stored.segment = segment
+        else:
+            self.resolve(kept.request_id, kept.result, at=kept.at, segment=segment)
+
+    def results_below(self, segment: int) -> list[KeptResult]:
+        """What may still be fetched and is in an older segment of the journal."""
+        return [
+            KeptResult(request_id, stored.result, stored.at)
+            for request_id, stored in self._stored.items()
+            if stored.segment is not None and stored.segment < segment
+        ]
+
     def is_known(self, request_id: str) -> bool:
         return request_id in self._pending or request_id in self._stored
 
@@ -88,9 +106,10 @@ class Futures:
         )
 
     def _expired(self) -> Iterator[str]:
-        now, excess = self._clock.now(), self._size_bytes - MAX_RESULT_BYTES
+        now, size_bytes = self._clock.now(), self._size_bytes
         for request_id, stored in self._stored.items():
             limit = RETENTION_S if stored.read else UNREAD_RETENTION_S
-            if now - stored.at > limit or (stored.read and excess > 0):
-                excess -= len(stored.result)
+            cap = MAX_RESULT_BYTES if stored.read else MAX_UNREAD_BYTES
+            if now - stored.at > limit or size_bytes > cap:
+                size_bytes -= len(stored.result)
                 yield request_id

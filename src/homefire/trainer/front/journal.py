@@ -25,9 +25,16 @@ from pathlib import Path
 import msgspec
 
 from homefire.foundation.disk import SYSTEM, Disk
-from homefire.foundation.durable import make_directory, read_file, sync_directory, write_all
+from homefire.foundation.disk_space import spare_bytes
+from homefire.foundation.durable import (
+    make_directory,
+    read_file,
+    size_of,
+    sync_directory,
+    write_all,
+)
 from homefire.foundation.failpoints import failpoint
-from homefire.trainer.front.records import Record, Snapshot
+from homefire.trainer.front.records import Accepted, Record, SessionCreated, Snapshot
 from homefire.wire.errors import DigestMismatch, StorageFailed
 
 HEADER = b"HFJRNL01"
@@ -46,6 +53,11 @@ class _Entry:
     encoded: bytes
     durable: asyncio.Future[None]
 
+    @property
+    def is_new_work(self) -> bool:
+        """It leaves the reserve of the disk to what was taken on before."""
+        return isinstance(self.record, Accepted | SessionCreated)
+
 
 class Journal:
     """Owned by one event loop; writes happen in a thread of its own, in the order of `append`.
@@ -62,6 +74,8 @@ class Journal:
         self._directory = directory
         self._disk = disk
         self._apply = apply
+        self.num_bytes_written = 0
+        """Since the front started."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._waiting: list[_Entry] = []
         self._rotations: list[tuple[Callable[[], Snapshot], asyncio.Future[None]]] = []
@@ -113,6 +127,12 @@ class Journal:
         self._wake()
         await done
 
+    def size_bytes(self) -> int:
+        """Of all segments. Blocks."""
+        numbers = segments(self._directory, self._disk)
+        paths = [segment_path(self._directory, number) for number in numbers]
+        return sum(size_of(path, disk=self._disk) for path in paths)
+
     def trim(self, below: int) -> list[int]:
         """Deletes the segments below a number; says which.
 
@@ -146,30 +166,29 @@ class Journal:
 
     async def _commit(self, batch: list[_Entry]) -> None:
         try:
-            await self._in_writer(self._write, [entry.encoded for entry in batch])
+            loop = asyncio.get_running_loop()
+            written = await loop.run_in_executor(self._writer, self._write, batch)
         except OSError as exc:
             for entry in batch:
                 _fail(entry.durable, _unwritable(exc))
             return
-        for entry in batch:
+        for entry in written:
             self._apply(entry.record, self._segment)
             _succeed(entry.durable)
+        for entry in batch:
+            _fail(entry.durable, _disk_full())  # only what was not written is still waiting
 
     async def _rotate(
         self, make_snapshot: Callable[[], Snapshot], done: asyncio.Future[None]
     ) -> None:
         first = _frame([msgspec.msgpack.encode(make_snapshot())])
         try:
-            await self._in_writer(self._start, self._segment + 1, first)
+            loop, number = asyncio.get_running_loop(), self._segment + 1
+            await loop.run_in_executor(self._writer, self._start, number, first)
         except OSError as exc:
             _fail(done, _unwritable(exc))
         else:
             _succeed(done)
-
-    async def _in_writer(
-        self, call: Callable[..., None], *arguments: int | bytes | list[bytes]
-    ) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._writer, call, *arguments)
 
     def _take_batch(self) -> list[_Entry]:
         size = count = 0
@@ -181,9 +200,15 @@ class Journal:
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         return batch
 
-    def _write(self, records: list[bytes]) -> None:
-        """A failed write is taken back, so that later frames do not follow half a one."""
-        frame = _frame(records)
+    def _write(self, batch: list[_Entry]) -> list[_Entry]:
+        """What of the batch is on disk now: all of it, or all but new work for which the disk has no room.
+
+        A failed write is taken back, so that later frames do not follow half a one.
+        """
+        batch = self._affordable(batch)
+        if not batch:
+            return []
+        frame = _frame([entry.encoded for entry in batch])
         self._sync_name()
         try:
             write_all(self._file, frame, self._durable_bytes, disk=self._disk)
@@ -193,7 +218,15 @@ class Journal:
             self._disk.ftruncate(self._file, self._durable_bytes)
             raise
         self._durable_bytes += len(frame)
+        self.num_bytes_written += len(frame)
         failpoint("journal.after_fsync_before_ack")
+        return batch
+
+    def _affordable(self, batch: list[_Entry]) -> list[_Entry]:
+        size_bytes = sum(len(entry.encoded) for entry in batch if entry.is_new_work)
+        if not size_bytes or size_bytes <= spare_bytes(self._directory, self._disk):
+            return batch
+        return [entry for entry in batch if not entry.is_new_work]
 
     def _start(self, number: int, first: bytes) -> None:
         """A segment gets its name when it is whole: a power cut leaves none without its snapshot."""
@@ -252,6 +285,13 @@ _DAMAGE_HINT = "restore the job's directory from a copy, or branch from its last
 
 def _unwritable(exc: OSError) -> StorageFailed:
     return StorageFailed(f"the journal cannot be written: {exc}", hint="free disk space")
+
+
+def _disk_full() -> StorageFailed:
+    return StorageFailed(
+        "the disk of the journal is full: what was accepted goes on, nothing new is taken on",
+        hint="free disk space, e.g. with `homefire checkpoint prune`; then send it again",
+    )
 
 
 def _succeed(future: asyncio.Future[None]) -> None:

@@ -89,6 +89,20 @@ class PointTaken(msgspec.Struct, frozen=True, kw_only=True, tag="point"):
     at: float
 
 
+class KeptResult(msgspec.Struct, frozen=True, array_like=True):
+    request_id: str
+    result: bytes
+    """Encoded `Result`."""
+    at: float
+    """When the request completed."""
+
+
+class ResultsKept(msgspec.Struct, frozen=True, tag="kept"):
+    """Results that may still be fetched, written again so that their segments can go."""
+
+    results: list[KeptResult]
+
+
 class Reopened(msgspec.Struct, frozen=True, tag="reopened"):
     pid: int
     at: float
@@ -157,6 +171,7 @@ Record = (
     | Completed
     | PackCompleted
     | PointTaken
+    | ResultsKept
     | Reopened
     | Snapshot
 )

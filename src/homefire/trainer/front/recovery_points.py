@@ -14,16 +14,19 @@ from homefire.foundation.clock import Clock
 from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.durable import make_directory, remove_tree
 from homefire.foundation.events import EventLog
-from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.records import PointTaken
 from homefire.trainer.front.recovery import recovery_directory
-from homefire.trainer.front.sessions import NUM_POINTS_KEPT, Ledger
+from homefire.trainer.front.sessions import Ledger
+from homefire.trainer.front.trimming import Trimming
 from homefire.wire.specs import TrainerSpec
 
 _WRITE_SHARE = 20
 """Writing points takes at most one part in so many of the time."""
+
+_SHORTEST_INTERVAL = 2
+"""Times the time that writing the last one took, between points that come early."""
 
 
 class RecoveryPoints:
@@ -32,21 +35,23 @@ class RecoveryPoints:
         spec: TrainerSpec,
         clock: Clock,
         ledger: Ledger,
-        futures: Futures,
         journal: Journal,
         events: EventLog,
+        trimming: Trimming,
         disk: Disk = SYSTEM,
     ) -> None:
         self._spec = spec
         self._clock = clock
         self._ledger = ledger
-        self._futures = futures
         self._journal = journal
+        self._trimming = trimming
         self._events = events
         self._disk = disk
         self._directory = recovery_directory(spec)
         self._taken_at = clock.monotonic()
         self._write_s = 0.0
+        self._num_bytes_before = 0
+        """Written to the journal when the newest point was begun."""
 
     @property
     def is_dirty(self) -> bool:
@@ -60,11 +65,20 @@ class RecoveryPoints:
         if not self.is_dirty:
             return None
         interval_s = max(self._spec.recovery_interval_s, _WRITE_SHARE * self._write_s)
+        if self._much_to_replay:
+            interval_s = min(interval_s, _SHORTEST_INTERVAL * self._write_s)
         return max(0.0, self._taken_at + interval_s - self._clock.monotonic())
+
+    @property
+    def _much_to_replay(self) -> bool:
+        """The journal would outgrow its cap with what two points and the time between them need."""
+        num_bytes = self._journal.num_bytes_written - self._num_bytes_before
+        return num_bytes > self._spec.journal_cap_bytes // 4
 
     async def take(self, model: LiveModel) -> None:
         """Between operations. Raises HomefireError when it cannot be written; the old ones stay."""
         started = self._taken_at = self._clock.monotonic()
+        self._num_bytes_before = self._journal.num_bytes_written
         position = self._ledger.position
         name = f"{position:012d}-{secrets.token_hex(3)}"
         make_directory(self._directory, disk=self._disk)
@@ -81,19 +95,14 @@ class RecoveryPoints:
 
     async def delete_leftovers(self) -> None:
         """Directories that no kept point names, and segments that nothing needs."""
-        points = self._ledger.points
-        floor = points[0].floor if len(points) == NUM_POINTS_KEPT else 0
-        needed = self._futures.oldest_segment()
-        below = floor if needed is None else min(floor, needed)
-        below = 0 if self._spec.keep_journal else below
-        await asyncio.to_thread(self._delete, {point.name for point in points}, below)
+        await asyncio.to_thread(self._delete, {point.name for point in self._ledger.points})
+        await self._trimming.trim()
 
-    def _delete(self, kept: set[str], below: int) -> None:
+    def _delete(self, kept: set[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
             for name in self._disk.listdir(self._directory):
                 if name not in kept:
                     self._remove(name)
-        self._journal.trim(below)
 
     def _remove(self, name: str) -> None:
         """What cannot be removed now is tried again after the next point."""

@@ -19,11 +19,12 @@ from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.journal import Journal, read_journal
 from homefire.trainer.front.live_model import LiveModel, open_model
 from homefire.trainer.front.records import Reopened
-from homefire.trainer.front.recovery import Recovery, journal_directory
+from homefire.trainer.front.recovery import Recovery, journal_directory, recovery_directory
 from homefire.trainer.front.recovery_points import RecoveryPoints
 from homefire.trainer.front.sessions import Ledger
 from homefire.trainer.front.slot_policy import slot_policy
 from homefire.trainer.front.status import StatusBoard
+from homefire.trainer.front.trimming import Trimming
 from homefire.trainer.front.turns import Turns
 from homefire.trainer.front.worker import Worker
 from homefire.wire.specs import TrainerSpec
@@ -55,8 +56,17 @@ class Front:
         self.events = EventLog(Path(spec.job_dir) / "events.jsonl", self.clock)
         self._graphs = GraphBoard(self.clock, limit_s=spec.held_graph_limit_s)
         self.status = StatusBoard(self.ledger, self._graphs, nonce=spec.nonce)
+        trimming = Trimming(
+            spec,
+            self.ledger,
+            self.futures,
+            self.journal,
+            recovery_directory(spec),
+            self.status.report,
+            disk,
+        )
         self._points = RecoveryPoints(
-            spec, self.clock, self.ledger, self.futures, self.journal, self.events, disk
+            spec, self.clock, self.ledger, self.journal, self.events, trimming, disk
         )
         self.worker = self._make_worker()
         self.admission = Admission(

@@ -27,6 +27,7 @@ from homefire.trainer.front.records import (
     PointTaken,
     Record,
     Reopened,
+    ResultsKept,
     Seen,
     SessionCreated,
     Snapshot,
@@ -106,6 +107,9 @@ class Ledger:
             case PointTaken():
                 self.points = [*self.points, record][-NUM_POINTS_KEPT:]
                 self.has_loaded = False
+            case ResultsKept():
+                for kept in record.results:
+                    self._futures.move(kept, segment)
             case Snapshot():
                 self._restore(record)
             case Reopened():

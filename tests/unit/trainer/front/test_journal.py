@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from homefire.trainer.front import journal as journals
 from homefire.trainer.front.journal import Journal, read_journal, segment_path, segments
 from homefire.trainer.front.records import Completed, Record, SessionCreated, Snapshot
 from homefire.wire.errors import DigestMismatch, StorageFailed
@@ -187,3 +188,47 @@ def failpoints(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(module, "_reached", type(module._reached)())
 
     return enable
+
+
+@pytest.mark.parametrize("failure", ["eio", "enospc"])
+def test_a_group_commit_that_the_disk_refuses_fails_all_of_it_and_the_next_one_heals(
+    tmp_path: Path, failpoints: Callable[[str], None], failure: str
+) -> None:
+    async def run() -> list[BaseException | None]:
+        journal = Journal(tmp_path, lambda record, segment: None)
+        journal.open()
+        failpoints(f"journal.before_fsync={failure}")
+        appends = [journal.append(session(name)) for name in "ab"]
+        failures = await asyncio.gather(*appends, return_exceptions=True)
+        await journal.append(session("c"))
+        await journal.close()
+        return failures
+
+    assert [type(failure) for failure in asyncio.run(run())] == [StorageFailed, StorageFailed]
+    assert contents(tmp_path) == [session("c")]
+
+
+def test_new_work_leaves_the_reserve_of_the_disk_to_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bytes belong to what was accepted; with room again, new work is taken on again."""
+    result = Completed(request_id="r", position=1, result=b"x" * 100, ok=True, step=1, at=1.0)
+    spare = [10_000]
+    monkeypatch.setattr(journals, "spare_bytes", lambda directory, disk: spare[0])
+
+    async def run() -> None:
+        journal = Journal(tmp_path, lambda record, segment: None)
+        journal.open()
+        await journal.append(session("a"))
+        spare[0] = -1
+        new, old = journal.append(session("refused")), journal.append(result)
+        refusal, done = await asyncio.gather(new, old, return_exceptions=True)
+        assert isinstance(refusal, StorageFailed)
+        assert "nothing new is taken on" in refusal.message
+        assert done is None
+        spare[0] = 10_000
+        await journal.append(session("b"))
+        await journal.close()
+
+    asyncio.run(run())
+    assert contents(tmp_path) == [session("a"), result, session("b")]

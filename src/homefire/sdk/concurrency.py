@@ -6,16 +6,15 @@ in several threads at once. A release hands its slot straight to the longest-wai
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections import deque
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from homefire.sdk.adaptive_window import AdaptiveWindow, Mean, WindowRule
+from homefire.sdk.gate import Gate
 from homefire.sdk.metrics import ServerMetrics
-
-_MIN_EMA_S = 0.001
-_MAX_GROWTH = 4.0
 
 
 class ConcurrencyController(Protocol):
@@ -26,83 +25,11 @@ class ConcurrencyController(Protocol):
     def release(self, metrics: ServerMetrics | None = None) -> None: ...
 
 
-@dataclass(eq=False)
-class _Waiter:
-    loop: asyncio.AbstractEventLoop
-    granted: asyncio.Future[None]
-    has_slot: bool = False
+@runtime_checkable
+class RefusalListener(Protocol):
+    """A controller that also wants to hear of attempts that the server refused and that are made again."""
 
-
-class Gate:
-    """Counts slots in use and queues tasks for them, first come first served."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._in_flight = 0
-        self._waiters: deque[_Waiter] = deque()
-        self._lock = threading.Lock()
-
-    @property
-    def in_flight(self) -> int:
-        return self._in_flight
-
-    def try_enter(self) -> bool:
-        """Takes a slot if one is free and nobody waits for it."""
-        with self._lock:
-            is_free = self._in_flight < self._limit and not self._waiters
-            self._in_flight += is_free
-            return is_free
-
-    async def enter(self) -> None:
-        if self.try_enter():
-            return
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop, loop.create_future())
-        with self._lock:
-            self._waiters.append(waiter)
-            self._grant()
-        try:
-            await waiter.granted
-        except asyncio.CancelledError:
-            self._abandon(waiter)
-            raise
-
-    def leave(self) -> None:
-        with self._lock:
-            if self._in_flight == 0:
-                raise RuntimeError("release() without acquire(): call each once per completion")
-            self._in_flight -= 1
-            self._grant()
-
-    def resize(self, limit: int) -> None:
-        """A smaller limit takes effect as slots are released; nothing in flight is cut."""
-        with self._lock:
-            self._limit = limit
-            self._grant()
-
-    def _abandon(self, waiter: _Waiter) -> None:
-        with self._lock:
-            if waiter.has_slot:
-                self._in_flight -= 1
-            else:
-                self._waiters.remove(waiter)
-            self._grant()
-
-    def _grant(self) -> None:
-        while self._waiters and self._in_flight < self._limit:
-            waiter = self._waiters.popleft()
-            try:
-                waiter.loop.call_soon_threadsafe(_resolve, waiter.granted)
-            except RuntimeError:
-                # Its loop was closed with the task still waiting: it takes no slot along.
-                continue
-            waiter.has_slot = True
-            self._in_flight += 1
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def note_refusal(self, metrics: ServerMetrics) -> None: ...
 
 
 class FixedConcurrencyController:
@@ -132,46 +59,35 @@ class FixedConcurrencyController:
 
 
 @dataclass
-class _Mean:
-    """Sum and count, not samples: a caller may never end its step."""
-
-    total: float = 0.0
-    count: int = 0
-
-    def add(self, value: float) -> None:
-        self.total += value
-        self.count += 1
-
-    @property
-    def value(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-
-@dataclass
 class _StepCounters:
     requests: int = 0
-    prefill_queue_s: _Mean = field(default_factory=_Mean)
+    refusals: int = 0
+    max_in_flight: int = 0
+    prefill_queue_s: Mean = field(default_factory=Mean)
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
-    def add(self, metrics: ServerMetrics) -> None:
+    def add(self, metrics: ServerMetrics | None) -> None:
+        self.requests += 1
+        if metrics is None:
+            return
         if metrics.prefill_queue_duration is not None:
             self.prefill_queue_s.add(metrics.prefill_queue_duration)
         self.prompt_tokens += metrics.prompt_tokens or 0
         self.cached_tokens += metrics.cached_prompt_tokens or 0
 
+    @property
+    def cache_hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
 
 class AdaptiveConcurrencyController:
     """A window that grows and shrinks (AIMD) with the server's prefill queue time.
 
-    At each adjustment `avg` is the mean prefill queue time (seconds) since the last one and
-    `ema = ema_alpha·avg + (1 − ema_alpha)·ema`. Above `prefill_queue_target` the window is
-    multiplied by `multiplicative_decrease`; else it grows by
-    `additive_increase · min(target / max(ema, 1 ms), 4)`. It stays within
-    [min_window, max_window]; its integer part counts. Without samples nothing changes.
-
+    The rule is that of `AdaptiveWindow`; parameters and their bounds are those of `WindowRule`.
     By default only `step_completed()` adjusts ("between steps"); `adjustment_interval=32` also
-    adjusts after every 32 released completions, as newer SDKs do.
+    adjusts after every 32 released completions, as newer SDKs do. Requests that the server refuses
+    (429, 503) or that do not reach it shrink the window at once, at most every `shrink_cooldown_s`.
     """
 
     def __init__(
@@ -185,21 +101,23 @@ class AdaptiveConcurrencyController:
         ema_alpha: float = 0.3,
         *,
         adjustment_interval: int = 0,
+        shrink_cooldown_s: float = 1.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        _check_aimd(
-            initial_window, min_window, max_window, prefill_queue_target, additive_increase,
-            multiplicative_decrease, ema_alpha, adjustment_interval,
-        )  # fmt: skip
-        self._window = float(initial_window)
-        self._min_window, self._max_window = min_window, max_window
-        self._target_s = prefill_queue_target
-        self._increase = additive_increase
-        self._decrease = multiplicative_decrease
-        self._alpha = ema_alpha
-        self._interval = adjustment_interval
-        self._ema_s: float | None = None
-        self._fresh_s = _Mean()
-        self._since_adjustment = 0
+        self._window = AdaptiveWindow(
+            WindowRule(
+                initial_window=initial_window,
+                min_window=min_window,
+                max_window=max_window,
+                prefill_queue_target=prefill_queue_target,
+                additive_increase=additive_increase,
+                multiplicative_decrease=multiplicative_decrease,
+                ema_alpha=ema_alpha,
+                adjustment_interval=adjustment_interval,
+                shrink_cooldown_s=shrink_cooldown_s,
+            )
+        )
+        self._monotonic = monotonic
         self._step = _StepCounters()
         self._state = threading.Lock()
         self._gate = Gate(self.window_size)
@@ -207,12 +125,17 @@ class AdaptiveConcurrencyController:
     @property
     def window_size(self) -> int:
         """Completions that may run at once now."""
-        return int(self._window)
+        return self._window.size
+
+    @property
+    def in_flight(self) -> int:
+        """Completions that run now."""
+        return self._gate.in_flight
 
     @property
     def ema_prefill_queue(self) -> float | None:
         """The smoothed prefill queue time in seconds; None before the first adjustment."""
-        return self._ema_s
+        return self._window.ema_prefill_queue_s
 
     async def acquire(self) -> None:
         """Waits for a free slot of the window."""
@@ -221,86 +144,42 @@ class AdaptiveConcurrencyController:
     def release(self, metrics: ServerMetrics | None = None) -> None:
         """Frees the slot and notes the completion's metrics (None: it failed or said nothing)."""
         with self._state:
-            self._note(metrics)
-            is_due = 0 < self._interval <= self._since_adjustment
-            if is_due:
-                self._adjust()
-        if is_due:
+            self._step.max_in_flight = max(self._step.max_in_flight, self.in_flight)
+            self._step.add(metrics)
+            was_adjusted = self._window.note(metrics)
+        if was_adjusted:
             self._gate.resize(self.window_size)
         self._gate.leave()
+
+    def note_refusal(self, metrics: ServerMetrics) -> None:
+        """An attempt failed and will be made again; its slot stays taken.
+
+        `http_status_code`, `transport_error` and `retry_attempt` of `metrics` are looked at.
+        """
+        with self._state:
+            self._step.refusals += 1
+            did_shrink = self._window.note_refusal(metrics, self._monotonic())
+        if did_shrink:
+            self._gate.resize(self.window_size)
 
     def step_completed(self) -> dict[str, float]:
         """Adjusts the window to the step that ended, and sums the step up for logging.
 
-        Keys: window, requests, avg_pq (s), window_after, cache_hit_rate, ema_pq (s). The counters
-        start again.
+        Keys: window, requests, refusals (attempts that failed), max_in_flight, avg_pq (s),
+        window_after, cache_hit_rate, ema_pq (s). The counters start again.
         """
         with self._state:
             before, step = self.window_size, self._step
-            self._adjust()
+            self._window.adjust()
             self._step = _StepCounters()
         self._gate.resize(self.window_size)
         return {
             "window": float(before),
             "requests": float(step.requests),
+            "refusals": float(step.refusals),
+            "max_in_flight": float(step.max_in_flight),
             "avg_pq": step.prefill_queue_s.value,
             "window_after": float(self.window_size),
-            "cache_hit_rate": step.cached_tokens / step.prompt_tokens
-            if step.prompt_tokens
-            else 0.0,
-            "ema_pq": self._ema_s or 0.0,
+            "cache_hit_rate": step.cache_hit_rate,
+            "ema_pq": self.ema_prefill_queue or 0.0,
         }
-
-    def _note(self, metrics: ServerMetrics | None) -> None:
-        self._step.requests += 1
-        self._since_adjustment += 1
-        if metrics is not None:
-            self._step.add(metrics)
-            if metrics.prefill_queue_duration is not None:
-                self._fresh_s.add(metrics.prefill_queue_duration)
-
-    def _adjust(self) -> None:
-        samples, self._fresh_s = self._fresh_s, _Mean()
-        self._since_adjustment = 0
-        if not samples.count:
-            return
-        average_s = samples.value
-        previous_s = self._ema_s
-        self._ema_s = (
-            average_s
-            if previous_s is None
-            else self._alpha * average_s + (1 - self._alpha) * previous_s
-        )
-        if self._ema_s > self._target_s:
-            self._window *= self._decrease
-        else:
-            growth = min(self._target_s / max(self._ema_s, _MIN_EMA_S), _MAX_GROWTH)
-            self._window += self._increase * growth
-        self._window = min(max(self._window, self._min_window), self._max_window)
-
-
-def _check_aimd(
-    initial: int,
-    smallest: int,
-    largest: int,
-    target_s: float,
-    increase: float,
-    decrease: float,
-    alpha: float,
-    interval: int,
-) -> None:
-    if not 1 <= smallest <= initial <= largest:
-        raise ValueError(
-            f"initial_window {initial}, min_window {smallest} and max_window {largest} must satisfy "
-            "1 <= min_window <= initial_window <= max_window"
-        )
-    if not target_s > 0:
-        raise ValueError(f"prefill_queue_target is {target_s}: use seconds > 0")
-    if not increase >= 0:
-        raise ValueError(f"additive_increase is {increase}: use a number >= 0")
-    if not 0 < decrease < 1:
-        raise ValueError(f"multiplicative_decrease is {decrease}: use a number between 0 and 1")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"ema_alpha is {alpha}: use a number in (0, 1]")
-    if interval < 0:
-        raise ValueError(f"adjustment_interval is {interval}: use a count, or 0 for step ends only")

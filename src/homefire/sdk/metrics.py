@@ -33,6 +33,11 @@ class ServerMetrics:
     server_processing_time: float | None = None
     client_ttft: float | None = None
     """Time to the first byte of the stream, seen by this client."""
+    http_status_code: int | None = None
+    transport_error: bool = False
+    """The server was not reached, or the connection broke."""
+    retry_attempt: int | None = None
+    """Which attempt of the request this was, from 0."""
 
     @classmethod
     def from_headers(cls, headers: dict[str, str], client_ttft: float | None = None) -> Self:
@@ -49,6 +54,11 @@ class ServerMetrics:
             if number is not None:
                 found[field] = convert(number)
         return cls(**found, client_ttft=client_ttft)
+
+    @classmethod
+    def of_failure(cls, status: int | None, attempt: int) -> Self:
+        """Of an attempt that brought no completion; `status` None: no answer came at all."""
+        return cls(http_status_code=status, transport_error=status is None, retry_attempt=attempt)
 
 
 def _number(value: Any) -> float | None:

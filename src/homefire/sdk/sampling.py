@@ -17,7 +17,11 @@ import msgspec
 
 from homefire.sdk.completion_stream import CompletionStream, StreamError
 from homefire.sdk.completions import SampledCompletion, completion_of, weights_of
-from homefire.sdk.concurrency import ConcurrencyController, FixedConcurrencyController
+from homefire.sdk.concurrency import (
+    ConcurrencyController,
+    FixedConcurrencyController,
+    RefusalListener,
+)
 from homefire.sdk.connection import Json, message_of
 from homefire.sdk.loop_session import current_session
 from homefire.sdk.metrics import ServerMetrics
@@ -265,13 +269,23 @@ class DeploymentSampler:
                     body, request_id, swap_interval_s, swap_retries
                 )
             except httpx.HTTPError as exc:
-                if attempt + 1 == self._retry.attempts or not _is_transient(exc):
+                if not _is_transient(exc):
+                    raise
+                self._tell_refusal(exc, attempt)
+                if attempt + 1 == self._retry.attempts:
                     raise
                 await self._sleep(self._retry.delay_s(attempt, exc, random.random()))
             else:
                 self._metrics.append(streamed.metrics)
                 return streamed
         raise ValueError("SamplingRetry.attempts must be at least 1")
+
+    def _tell_refusal(self, error: httpx.HTTPError, attempt: int) -> None:
+        if isinstance(self._window, RefusalListener):
+            status = (
+                error.response.status_code if isinstance(error, httpx.HTTPStatusError) else None
+            )
+            self._window.note_refusal(ServerMetrics.of_failure(status, attempt))
 
     async def _stream_through_swaps(
         self, body: bytes, request_id: str, interval_s: float, retries: int
@@ -325,6 +339,7 @@ class DeploymentSampler:
             if perf
             else ServerMetrics.from_headers(dict(response.headers), ttft_s)
         )
+        metrics.http_status_code = response.status
         return _Streamed(joined, metrics, response.headers.get(WEIGHTS_HEADER))
 
     def _status_error(

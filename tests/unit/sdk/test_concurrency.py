@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homefire.sdk import AdaptiveConcurrencyController, FixedConcurrencyController, ServerMetrics
-from homefire.sdk.concurrency import Gate
+from homefire.sdk.gate import Gate
 
 
 def queued(seconds: float) -> ServerMetrics:
@@ -104,6 +104,8 @@ def test_the_step_s_summary_counts_its_requests_and_starts_again():
     assert controller.step_completed() == {
         "window": 4.0,
         "requests": 2.0,
+        "refusals": 0.0,
+        "max_in_flight": 1.0,
         "avg_pq": 0.25,
         "window_after": 6.0,
         "cache_hit_rate": 0.25,
@@ -136,6 +138,7 @@ def test_an_interval_adjusts_after_so_many_completions():
         ({"multiplicative_decrease": 1.0}, "multiplicative_decrease"),
         ({"ema_alpha": 0.0}, "ema_alpha"),
         ({"adjustment_interval": -1}, "adjustment_interval"),
+        ({"shrink_cooldown_s": -0.5}, "shrink_cooldown_s"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(options, named):

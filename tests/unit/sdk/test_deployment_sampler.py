@@ -239,6 +239,17 @@ async def test_seven_attempts_are_made_and_the_last_error_is_raised(
     assert max(manual_time.slept) <= 45
 
 
+async def test_refused_attempts_shrink_an_adaptive_window_once_for_the_burst(
+    make_sampler, inference
+):
+    controller = AdaptiveConcurrencyController(16, monotonic=lambda: 0.0)
+    inference.turns = [(429, {}), (503, {}), (400, {"error": {"message": "bad"}})]
+    with pytest.raises(httpx.HTTPStatusError, match="bad"):
+        await make_sampler(concurrency_controller=controller).sample_with_prompt_tokens([1])
+    assert controller.window_size == 8
+    assert controller.step_completed()["refusals"] == 2
+
+
 async def test_the_server_s_retry_after_is_honoured_up_to_a_cap(
     make_sampler, inference, manual_time
 ):

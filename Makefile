@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler \
+.PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler bench-concurrency \
         test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families
 
 help: ## this text
@@ -65,6 +65,9 @@ bench-trainer: install ## the training engine beside the matrix rate, a padded l
 
 bench-sampler: install ## the sampling engine beside bare matrix products and other engines
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampler
+
+bench-concurrency: install ## adaptive windows beside the best fixed one, on five loads
+	$(BIN)/python benchmarks/concurrency $(ARGS)
 
 clean: ## remove what the tests and the build left here
 	rm -rf build dist .venvs .pytest_cache .ruff_cache .hypothesis quickstart-out

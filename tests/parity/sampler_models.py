@@ -22,6 +22,7 @@ from homefire.inference.engine.protocol import (
 )
 from homefire.inference.engine.scheduler import Scheduler, SchedulerLimits
 from homefire.model import lora
+from homefire.model.experts import ExpertsLowRank
 from homefire.model.loading import load_model
 from homefire.model.tensors import raw, serving_tensors
 from homefire.wire.ids import Identity
@@ -127,9 +128,23 @@ def merged(directory: Path, adapter: lora.LoraAdapter) -> Callable[[list[int]], 
         linear = module.get_submodule(path)
         weight = linear.weight.detach() + adapter.scaling * layer.b @ layer.a
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    for path, block in adapter.experts.items():
+        _merge_experts(module.get_submodule(path), block, adapter.scaling)
 
     @torch.inference_mode()
     def logprobs(tokens: list[int]) -> Tensor:
         return module(input_ids=torch.tensor([tokens])).logits[0].log_softmax(-1)
 
     return logprobs
+
+
+@torch.no_grad()
+def _merge_experts(owner: Any, block: ExpertsLowRank, scaling: float) -> None:
+    """By the formula that PEFT states: A is expert-major, B rank-major with the expert last."""
+    first = "gate_up_proj" if owner.has_gate else "up_proj"
+    for name, layer in ((first, block.up), ("down_proj", block.down)):
+        weight = getattr(owner, name)
+        a_ERI = layer.a.reshape(len(weight), -1, layer.a.shape[1])
+        b_ORE = layer.b.reshape(layer.b.shape[0], -1, len(weight))
+        update = torch.einsum("ore,eri->eoi", b_ORE, a_ERI)
+        weight += scaling * (update.mT if owner.is_transposed else update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from homefire.wire.engine import (
     of_member,
 )
 from homefire.wire.errors import FailedPrecondition, InvalidArgument
+from parity.families import made
 from parity.sampler_models import small_qwen3
 
 torch.set_num_threads(1)
@@ -46,9 +48,13 @@ TRAINED_TOLERANCE = 1e-4
 NUM_STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_qwen3(tmp_path_factory.mktemp("models"), tied=True, seed=1)
+@pytest.fixture(scope="module", params=["dense", "routed"])
+def model_directory(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With and without experts: which of those a token goes to is a matter of the numbers in it."""
+    parent = tmp_path_factory.mktemp("models")
+    if request.param == "routed":
+        return made("qwen3_moe", parent)
+    return small_qwen3(parent, tied=True, seed=1)
 
 
 @pytest.fixture

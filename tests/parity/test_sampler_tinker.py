@@ -60,7 +60,7 @@ def saved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         key("lora"),
         {name: raw(tensor) for name, tensor in lora.peft_tensors(adapter).items()},
         INFO,
-        adapter_config=lora.peft_config(adapter, base_model="tiny"),
+        adapter_config=lora.peft_config(load_model(tiny), adapter, base_model="tiny"),
         lora=LoraManifest(4, 8.0),
     )
     full = {

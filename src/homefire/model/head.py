@@ -83,8 +83,8 @@ class OwnForward:
         head = cast(nn.Module, self.module.get_output_embeddings())
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with ExitStack() as stack:
-            stack.enter_context(_standing_in(decoder, lambda *_, **__: _Hidden(hidden[None])))
-            stack.enter_context(_standing_in(head, product))
+            stack.enter_context(standing_in(decoder, lambda *_, **__: _Hidden(hidden[None])))
+            stack.enter_context(standing_in(head, product))
             return self.module(input_ids=tokens, use_cache=False).logits[0]
 
 
@@ -175,7 +175,7 @@ class _Hidden:
 
 
 @contextmanager
-def _standing_in(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+def standing_in(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """`module(...)` calls `forward` until the block ends."""
     attributes = vars(module)
     before = attributes.get("forward")

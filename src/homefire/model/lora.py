@@ -1,8 +1,8 @@
 """Our own LoRA, unmerged and float32 everywhere: forward = base(x) + scaling * B(A(x)).
 
 Hu et al. 2021 (arXiv:2106.09685). The trainer and the sampler apply the same class, and its files are
-PEFT's, so any PEFT reader loads them. Routed experts are fused 3D parameters in transformers, which no
-`nn.Linear` adapter reaches: asking for them is refused rather than ignored.
+PEFT's, so any PEFT reader loads them. Routed experts are 3D parameters in transformers, which no
+`nn.Linear` adapter reaches: `experts.py` runs and adapts them.
 
 Axes: r rank, I inputs, O outputs of a linear layer.
 """
@@ -10,9 +10,9 @@ Axes: r rank, I inputs, O outputs of a linear layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,24 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from homefire.model.lora_targets import refuse_unknown_head, target_paths
+from homefire.model.experts import ExpertBlock, ExpertsLowRank, LowRank, RoutedTokens, block_of
+from homefire.model.head import standing_in
+from homefire.model.lora_targets import expert_paths, refuse_unknown_head, target_paths
 from homefire.model.tensors import tied_to
 from homefire.wire.engine import LoraInit
 from homefire.wire.errors import InvalidArgument, Unsupported
-from homefire.wire.peft import PREFIX, AdapterConfig, adapted_modules, adapter_config
+from homefire.wire.peft import (
+    FIRST_PRODUCT,
+    PREFIX,
+    AdapterConfig,
+    adapted_modules,
+    adapter_config,
+)
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The adapter of one linear layer."""
-
-    a: Tensor
-    """[r, I]"""
-    b: Tensor
-    """[O, r]"""
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,30 @@ class LoraAdapter:
     rank: int
     alpha: float
     layers: dict[str, LowRank]
+    experts: dict[str, ExpertsLowRank] = field(default_factory=dict[str, ExpertsLowRank])
+    """Of blocks of routed experts, e.g. `model.layers.0.mlp.experts`."""
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.low_ranks().values())).a.device
+
+    def low_ranks(self) -> dict[str, LowRank]:
+        """Every product's, by the path that PEFT has it under: a block of experts is wrapped once for
+        each of its products, the first one inside."""
+        found = dict(self.layers)
+        for path, block in self.experts.items():
+            found |= {f"{path}{FIRST_PRODUCT}": block.up, path: block.down}
+        return found
+
     def parameters(self) -> dict[str, Tensor]:
         """Every trainable tensor under PEFT's name, in a fixed order. The live ones, not copies."""
         return {
             f"{PREFIX}{path}.lora_{letter}.weight": tensor
-            for path, layer in self.layers.items()
+            for path, layer in self.low_ranks().items()
             for letter, tensor in (("A", layer.a), ("B", layer.b))
         }
 
@@ -79,24 +91,37 @@ def new_adapter(
     paths = target_paths(
         model, train_attn=train_attn, train_mlp=train_mlp, train_unembed=train_unembed
     )
+    blocks = expert_paths(model) if train_mlp else []
     if rank < 1:
         raise InvalidArgument(f"lora rank {rank} is below 1", field="rank")
     generator = torch.Generator().manual_seed(seed)
+
+    def fresh(num_inputs: int, num_outputs: int, num_experts: int = 1) -> LowRank:
+        bound = 1 / math.sqrt(num_inputs)  # kaiming_uniform with a = sqrt(5)
+        a = torch.rand(num_experts * rank, num_inputs, generator=generator) * (2 * bound) - bound
+        if init is LoraInit.NORA:
+            a = F.normalize(a.unflatten(0, (num_experts, rank)), dim=1).flatten(0, 1)
+        b = torch.zeros(num_outputs, rank * num_experts)
+        return LowRank(a.to(model.device), b.to(model.device))
+
     layers: dict[str, LowRank] = {}
     for path in paths:
         linear = _linear(model, path)
-        bound = 1 / math.sqrt(linear.in_features)  # kaiming_uniform with a = sqrt(5)
-        a = torch.rand(rank, linear.in_features, generator=generator) * (2 * bound) - bound
-        if init is LoraInit.NORA:
-            a = F.normalize(a, dim=0)
-        b = torch.zeros(linear.out_features, rank)
-        layers[path] = LowRank(a.to(model.device), b.to(model.device))
-    return LoraAdapter(rank, alpha, layers)
+        layers[path] = fresh(linear.in_features, linear.out_features)
+    experts: dict[str, ExpertsLowRank] = {}
+    for path in blocks:
+        block = expert_block(model, path)
+        up, down = (
+            fresh(product.num_inputs, product.num_outputs, block.num_experts)
+            for product in (block.up, block.down)
+        )
+        experts[path] = ExpertsLowRank(up, down)
+    return LoraAdapter(rank, alpha, layers, experts)
 
 
 @contextmanager
 def applied(model: LoadedModel, adapter: LoraAdapter) -> Iterator[None]:
-    """The module's linear layers add the adapter's update until the block ends.
+    """The module's linear layers and experts add the adapter's update until the block ends.
 
     Covers the head when it is called as a module; `target_logprobs` takes the head's update through
     `head_update`.
@@ -106,7 +131,20 @@ def applied(model: LoadedModel, adapter: LoraAdapter) -> Iterator[None]:
             hook = _Update(layer, adapter.scaling)
             handle = _linear(model, path).register_forward_hook(hook)
             stack.callback(handle.remove)
+        for path, low_rank in adapter.experts.items():
+            block = expert_block(model, path)
+            stack.enter_context(standing_in(block.module, _forward(block, low_rank, adapter)))
         yield
+
+
+def _forward(
+    block: ExpertBlock, low_rank: ExpertsLowRank, adapter: LoraAdapter
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        given = RoutedTokens(hidden, top_k_index, top_k_weights)
+        return block.forward(given, low_rank, adapter.scaling)
+
+    return forward
 
 
 class _Update:
@@ -117,8 +155,8 @@ class _Update:
         self._scaling = scaling
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = F.linear(inputs[0], self._layer.a) * self._scaling
-        return output + F.linear(x, self._layer.b)
+        x = F.linear(inputs[0].to(self._layer.a.dtype), self._layer.a) * self._scaling
+        return output + F.linear(x, self._layer.b).to(output.dtype)
 
 
 def head_update(
@@ -128,7 +166,7 @@ def head_update(
     layer = adapter.layers.get(model.head_path)
     if layer is None:
         return None
-    return F.linear(hidden, layer.a) * adapter.scaling, layer.b
+    return F.linear(hidden.to(layer.a.dtype), layer.a) * adapter.scaling, layer.b
 
 
 @torch.no_grad()
@@ -148,6 +186,12 @@ def merged_tensors(
         weight = tensors[f"{path}.weight"].float()
         merged = weight + adapter.scaling * (layer.b @ layer.a).cpu()
         tensors[f"{path}.weight"] = merged.to(model.serving_dtype).contiguous()
+    for path, low_rank in adapter.experts.items():
+        block = expert_block(model, path)
+        for product, own in ((block.up, low_rank.up), (block.down, low_rank.down)):
+            name = f"{path}.{product.name}"
+            merged = tensors[name].float() + adapter.scaling * product.update(own).cpu()
+            tensors[name] = merged.to(model.serving_dtype).contiguous()
     return tensors
 
 
@@ -161,34 +205,52 @@ def peft_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in adapter.parameters().items()}
 
 
-def peft_config(adapter: LoraAdapter, *, base_model: str) -> dict[str, Any]:
+def peft_config(model: LoadedModel, adapter: LoraAdapter, *, base_model: str) -> dict[str, Any]:
     """`adapter_config.json`."""
+    blocks = {path: expert_block(model, path) for path in adapter.experts}
     return adapter_config(
         rank=adapter.rank,
         alpha=adapter.alpha,
         base_model=base_model,
         target_modules=adapter.layers,
+        experts={path: (block.up.name, block.down.name) for path, block in blocks.items()},
     )
 
 
 def adapter_from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraAdapter:
     """The adapter of a PEFT directory. Copies, so the caller's buffers stay its own."""
     msgspec.convert(config, AdapterConfig).refuse_other_adapters()
-    layers = {
+    found = {
         path: LowRank(
             a=_factor(tensors, path, "A").to(torch.float32, copy=True),
             b=_factor(tensors, path, "B").to(torch.float32, copy=True),
         )
         for path in adapted_modules(tensors)
     }
-    if not layers:
+    if not found:
         raise InvalidArgument("the adapter holds no lora_A and lora_B tensors")
-    known = {f"{PREFIX}{path}.lora_{letter}.weight" for path in layers for letter in "AB"}
+    known = {f"{PREFIX}{path}.lora_{letter}.weight" for path in found for letter in "AB"}
     if surplus := sorted(tensors.keys() - known):
         raise Unsupported(
             f"the adapter holds {surplus[0]!r}, which is neither lora_A nor lora_B of a linear layer"
         )
-    return LoraAdapter(int(config["r"]), float(config["lora_alpha"]), layers)
+    experts = {path: ExpertsLowRank(found[inner], found[path]) for inner, path in _nested(found)}
+    layers = {
+        path: layer
+        for path, layer in found.items()
+        if path not in experts and path.removesuffix(FIRST_PRODUCT) not in experts
+    }
+    return LoraAdapter(int(config["r"]), float(config["lora_alpha"]), layers, experts)
+
+
+def _nested(found: Mapping[str, LowRank]) -> Iterator[tuple[str, str]]:
+    """The paths of the first and the second product of each block of experts."""
+    for path in found:
+        outer = path.removesuffix(FIRST_PRODUCT)
+        if outer != path:
+            if outer not in found:
+                raise Unsupported(f"the adapter adapts one of the two products of {outer!r}")
+            yield path, outer
 
 
 def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:
@@ -210,6 +272,34 @@ def check_fits(model: LoadedModel, adapter: LoraAdapter) -> None:
                 f" the model's {wanted[0]} to {wanted[1]}",
                 hint="it belongs to another base model",
             )
+    for path, low_rank in adapter.experts.items():
+        _check_experts_fit(model, path, low_rank, adapter.rank)
+
+
+def _check_experts_fit(model: LoadedModel, path: str, low_rank: ExpertsLowRank, rank: int) -> None:
+    block = expert_block(model, path)
+    for product, own in ((block.up, low_rank.up), (block.down, low_rank.down)):
+        stacked = block.num_experts * rank
+        wanted = ((stacked, product.num_inputs), (product.num_outputs, stacked))
+        found = (tuple(own.a.shape), tuple(own.b.shape))
+        if found != wanted:
+            raise InvalidArgument(
+                f"the adapter's {product.name!r} of {path!r} has factors {found[0]} and {found[1]},"
+                f" the model's {block.num_experts} experts want {wanted[0]} and {wanted[1]}",
+                hint="it belongs to another base model, or adapts other parameters of the experts",
+            )
+
+
+def expert_block(model: LoadedModel, path: str) -> ExpertBlock:
+    """InvalidArgument where the model has no such experts."""
+    modules = dict(model.module.named_modules())
+    block = block_of(modules[path]) if path in modules else None
+    if block is None:
+        raise InvalidArgument(
+            f"the adapter is for experts at {path!r}, which {model.architecture!r} does not have",
+            hint="it belongs to another base model",
+        )
+    return block
 
 
 def _factor(tensors: Mapping[str, Tensor], path: str, letter: str) -> Tensor:

@@ -1,9 +1,10 @@
 """Which linear layers an adapter adapts: chosen by what a layer does, refused where any would be left out.
 
 Token mixers of every sort (attention, Mamba, gated delta nets, short convolutions) go by `train_attn`,
-everything else between the embedding and the head by `train_mlp`, the head by `train_unembed`. Two kinds
-of layers are never adapted, as in PEFT: a router (its choice of experts is not a linear map of its
-weights), and the output projection of a Mamba mixer (fused kernels read its weight and never call it).
+everything else between the embedding and the head by `train_mlp`, routed experts included, the head by
+`train_unembed`. Two kinds of layers are never adapted, as in PEFT: a router (its choice of experts is not a linear map of its
+weights), and two layers of a Mamba mixer, its output and its step width (fused kernels read their weights
+and never call them).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from homefire.model.experts import block_of, fused_experts
 from homefire.model.head import ScaledLogits
 from homefire.wire.errors import Unsupported
 
@@ -24,8 +26,6 @@ _MIXING_PATHS = ("attn", "attention")
 """Within any part of a module's path."""
 _MIXING_CLASSES = ("attention", "mixer", "mamba", "conv", "deltanet")
 """Within the name of the class that owns a linear layer, in lower case."""
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-"""Their weights have more than two dimensions, too, and are no experts."""
 
 
 def target_paths(
@@ -34,12 +34,6 @@ def target_paths(
     """Paths of the linear layers that the flags choose, in the module's order."""
     if train_attn or train_mlp:
         _refuse_other_layers(model)
-    if train_mlp and has_fused_experts(model.module):
-        raise Unsupported(
-            f"LoRA on the routed experts of {model.architecture!r} models is not supported",
-            hint="set train_mlp to false",
-            field="train_mlp",
-        )
     wanted = {"attn": train_attn, "mlp": train_mlp, "unembed": train_unembed}
     chosen = [path for path, kind in _kinds(model) if wanted[kind]]
     if model.head_path in chosen:
@@ -63,14 +57,19 @@ def refuse_unknown_head(model: LoadedModel) -> None:
         )
 
 
-def has_fused_experts(module: nn.Module) -> bool:
-    """Whether experts are stacked into 3D parameters, which no adapter of an `nn.Linear` reaches."""
-    return any(
-        parameter.dim() == 3
-        for owner in module.modules()
-        if not isinstance(owner, _CONVOLUTIONS)
-        for parameter in owner.parameters(recurse=False)
-    )
+def expert_paths(model: LoadedModel) -> list[str]:
+    """Paths of the blocks of routed experts, in the module's order; Unsupported where one could not be
+    adapted."""
+    owners = fused_experts(model.module)
+    for path, owner in owners.items():
+        if block_of(owner) is None:
+            raise Unsupported(
+                f"LoRA on the routed experts of {model.architecture!r} models is not supported:"
+                f" {path!r} is a {type(owner).__name__}, which does not say how its parameters lie",
+                hint="set train_mlp to false",
+                field="train_mlp",
+            )
+    return list(owners)
 
 
 def _kinds(model: LoadedModel) -> Iterator[tuple[str, str]]:
@@ -93,9 +92,9 @@ def _mixes_tokens(owner: nn.Module, path: str) -> bool:
 
 
 def _is_read_by_kernels(owner: nn.Module, path: str) -> bool:
-    """`out_proj` of a Mamba mixer, told by its state space parameters A and D."""
+    """Of a Mamba mixer, told by its state space parameters A and D."""
     is_mamba = hasattr(owner, "A_log") and hasattr(owner, "D")
-    return is_mamba and path.endswith(".out_proj")
+    return is_mamba and path.endswith((".out_proj", ".dt_proj"))
 
 
 def _refuse_other_layers(model: LoadedModel) -> None:

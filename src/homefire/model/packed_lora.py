@@ -5,12 +5,15 @@ the layer adds `scaling * B(A(x))` to its segment of them, in place. Forward and
 segment throughout, so no number of one adapter's rows reaches another's gradient, NaN included; only
 the shape of the base's product is shared, and with it the order of its sums.
 
+Routed experts run once for each segment instead: how many tokens an expert gets is a matter of the
+numbers in them, and the bits of the other segments must not be.
+
 Axes: T tokens of one pass, S tokens of a segment, r rank, I inputs, O outputs of a linear layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from homefire.model.experts import ExpertBlock, LowRank, RoutedTokens, block_of, fused_experts
+from homefire.model.head import standing_in
 from homefire.model.layout import RowLayout
-from homefire.model.lora import LoraAdapter, LowRank
+from homefire.model.lora import LoraAdapter
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -45,7 +50,8 @@ def reaches_segments(model: LoadedModel, adapter: LoraAdapter) -> bool:
 
 @contextmanager
 def applied_by_segment(model: LoadedModel, segments: Sequence[Segment]) -> Iterator[None]:
-    """Until the block ends, linear layers add to each segment of their tokens its adapter's update.
+    """Until the block ends, linear layers and experts add to each segment of their tokens its adapter's
+    update.
 
     The segments cover the tokens of each pass in order. Covers the head when it is called as a module;
     `target_logprobs` takes a segment's share of it through `head_update`.
@@ -56,7 +62,45 @@ def applied_by_segment(model: LoadedModel, segments: Sequence[Segment]) -> Itera
             linear = model.module.get_submodule(path)
             handle = linear.register_forward_hook(_Update(_parts(path, segments)))
             stack.callback(handle.remove)
+        for path, owner in fused_experts(model.module).items():
+            block = block_of(owner)
+            if block is not None:
+                stack.enter_context(standing_in(owner, _forward(path, block, segments)))
         yield
+
+
+def _forward(
+    path: str, block: ExpertBlock, segments: Sequence[Segment]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Of a block of experts: each segment's tokens with its own adapter, if that has the block."""
+    cuts = [segment.num_tokens for segment in segments]
+
+    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        _check_tokens(len(hidden), sum(cuts))
+        given = RoutedTokens(hidden, top_k_index, top_k_weights).split(cuts)
+        outputs = [
+            block.forward(own, segment.adapter.experts.get(path), segment.adapter.scaling)
+            for segment, own in zip(segments, given, strict=True)
+        ]
+        return torch.cat(outputs)
+
+    return forward
+
+
+def _check_tokens(found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(
+            f"a layer was called with {found} of the pass's {expected} tokens: segments of adapters do"
+            " not fit"
+        )
+
+
+def add_product(y_SO: Tensor, low_Sr: Tensor, b: Tensor, scaling: float) -> None:
+    """y += scaling * low @ B.T, in place. An adapter is float32 whatever the layer computes in."""
+    if y_SO.dtype == b.dtype:
+        y_SO.addmm_(low_Sr, b.t(), alpha=scaling)
+    else:
+        y_SO.add_(low_Sr @ b.t(), alpha=scaling)
 
 
 @dataclass(frozen=True)
@@ -89,11 +133,7 @@ class _Update:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x_TI, y_TO = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
-        if len(x_TI) != self._num_tokens:
-            raise ValueError(
-                f"a layer was called with {len(x_TI)} of the pass's {self._num_tokens} tokens:"
-                " segments of adapters do not fit"
-            )
+        _check_tokens(len(x_TI), self._num_tokens)
         factors = [factor for part in self._parts for factor in (part.layer.a, part.layer.b)]
         spans = [(part.tokens, part.scaling) for part in self._parts]
         return _AddLowRank.apply(y_TO, x_TI, spans, *factors).view(output.shape)
@@ -112,8 +152,8 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         lows: list[Tensor] = []
         for (tokens, scaling), a, b in zip(spans, factors[::2], factors[1::2], strict=True):
-            low_Sr = F.linear(x_TI[tokens], a)
-            y_TO[tokens].addmm_(low_Sr, b.t(), alpha=scaling)
+            low_Sr = F.linear(x_TI[tokens].to(a.dtype), a)
+            add_product(y_TO[tokens], low_Sr, b, scaling)
             lows.append(low_Sr)
         ctx.mark_dirty(y_TO)
         ctx.spans = spans
@@ -130,12 +170,12 @@ class _AddLowRank(torch.autograd.Function):
         grad_factors: list[Tensor] = []
         for index, (tokens, scaling) in enumerate(ctx.spans):
             a, b = factors[2 * index : 2 * index + 2]
-            grad_SO = grad_TO[tokens]
+            grad_SO = grad_TO[tokens].to(b.dtype)
             grad_low_Sr = (grad_SO @ b).mul_(scaling)
             grad_factors += [
-                grad_low_Sr.t() @ x_TI[tokens],
+                grad_low_Sr.t() @ x_TI[tokens].to(a.dtype),
                 (grad_SO.t() @ lows[index]).mul_(scaling),
             ]
             if grad_x is not None:
-                torch.mm(grad_low_Sr, a, out=grad_x[tokens])
+                grad_x[tokens] = grad_low_Sr @ a
         return grad_TO, grad_x, None, *grad_factors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -10,7 +11,12 @@ import msgspec
 from homefire.wire.errors import Unsupported
 
 PREFIX = "base_model.model."
+FIRST_PRODUCT = ".base_layer"
+"""Behind the path of a block of routed experts: PEFT wraps one once for each of its two products, and
+the first wrapper is inside the second."""
 _FIRST_FACTOR = ".lora_A.weight"
+_FUSED_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""A target module of this name is taken by PEFT for the routed experts, where a model has some."""
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,10 +64,22 @@ _OTHER_ADAPTERS = (
 
 
 def adapter_config(
-    *, rank: int, alpha: float, base_model: str, target_modules: Iterable[str]
+    *,
+    rank: int,
+    alpha: float,
+    base_model: str,
+    target_modules: Iterable[str],
+    experts: Mapping[str, tuple[str, str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """`adapter_config.json`. Targets are full paths: leaf names also match other modules."""
-    return {
+    """`adapter_config.json`. Targets are full paths: leaf names also match other modules.
+
+    `experts` are the names of the two parameters of each block of routed experts. Beside some, dense
+    layers are listed by their weight, or PEFT would drop them with no more than a warning.
+    """
+    by_weight = [path for path in target_modules if experts and _is_taken_for_experts(path)]
+    parameters = [f"{path}.{name}" for path, names in experts.items() for name in names]
+    parameters += [f"{path}.weight" for path in by_weight]
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -73,10 +91,15 @@ def adapter_config(
         "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": list(target_modules),
+        "target_modules": [path for path in target_modules if path not in by_weight],
         "use_dora": False,
         "use_rslora": False,
     }
+    return config | {"target_parameters": parameters} if parameters else config
+
+
+def _is_taken_for_experts(path: str) -> bool:
+    return path.rpartition(".")[2] in _FUSED_NAMES
 
 
 def refuse_base_weights(tensor_names: Iterable[str]) -> None:

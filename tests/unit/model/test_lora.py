@@ -96,13 +96,51 @@ def test_the_flags_choose_modules(tiny):
         count(train_attn=False, train_mlp=False, train_unembed=False)
 
 
-def test_routed_experts_are_refused_rather_than_ignored(make_model):
+def test_routed_experts_have_factors_of_their_own_in_the_form_of_peft(make_model):
     model = make_model(
         "qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     )
-    with pytest.raises(Unsupported, match="routed experts"):
-        new_adapter(model, rank=2)
-    assert new_adapter(model, rank=2, train_mlp=False).layers
+    hidden = model.config.hidden_size
+    adapter = new_adapter(model, rank=2)
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    shapes = {name: tuple(tensor.shape) for name, tensor in peft_tensors(adapter).items()}
+    assert shapes[f"{prefix}.base_layer.lora_A.weight"] == (4 * 2, hidden)
+    assert shapes[f"{prefix}.base_layer.lora_B.weight"] == (2 * 32, 2 * 4)
+    assert shapes[f"{prefix}.lora_A.weight"] == (4 * 2, 32)
+    assert shapes[f"{prefix}.lora_B.weight"] == (hidden, 2 * 4)
+    again = adapter_from_peft(peft_tensors(adapter), {"r": 2, "lora_alpha": 32})
+    assert again.experts.keys() == adapter.experts.keys()
+    check_fits(model, again)
+    config = peft_config(model, adapter, base_model="base")
+    assert config["target_parameters"][:2] == [
+        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    ]
+    assert not new_adapter(model, rank=2, train_mlp=False).experts
+
+
+def test_experts_of_another_number_or_with_one_product_are_refused_by_name(make_model):
+    sizes = {"head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    four, eight = (make_model("qwen3_moe", num_experts=n, **sizes) for n in (4, 8))
+    tensors = peft_tensors(new_adapter(four, rank=2))
+    config = {"r": 2, "lora_alpha": 32}
+    with pytest.raises(InvalidArgument, match=r"layers\.0\.mlp\.experts.*8 experts want \(16"):
+        check_fits(eight, adapter_from_peft(tensors, config))
+    inner = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("base_model.model.model.layers.0.mlp.experts.lora_")
+    }
+    with pytest.raises(Unsupported, match="one of the two products"):
+        adapter_from_peft(inner, config)
+
+
+def test_a_nora_adapter_of_experts_has_columns_of_norm_one_by_expert(make_model):
+    model = make_model(
+        "qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    for block in new_adapter(model, rank=3, init=LoraInit.NORA).experts.values():
+        norms = block.up.a.unflatten(0, (4, 3)).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
 def test_models_without_plain_linear_layers_are_refused(make_model):
@@ -123,13 +161,13 @@ def test_names_and_shapes_are_those_of_peft(tiny, trained):
     assert tensors[f"{prefix}.lora_A.weight"].shape == (4, 128)
     assert tensors[f"{prefix}.lora_B.weight"].shape == (384, 4)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    config = peft_config(trained, base_model="tiny")
+    config = peft_config(tiny, trained, base_model="tiny")
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
     assert "model.layers.0.mlp.up_proj" in config["target_modules"]
 
 
 def test_a_peft_directory_round_trips_to_the_same_logprobs(tiny, trained):
-    again = adapter_from_peft(peft_tensors(trained), peft_config(trained, base_model="tiny"))
+    again = adapter_from_peft(peft_tensors(trained), peft_config(tiny, trained, base_model="tiny"))
     check_fits(tiny, again)
     assert torch.equal(logprobs(tiny, again), logprobs(tiny, trained))
 
@@ -143,4 +181,4 @@ def test_half_an_adapter_is_refused(trained):
     tensors = peft_tensors(trained)
     del tensors[next(name for name in tensors if "lora_B" in name)]
     with pytest.raises(InvalidArgument, match="lora_B"):
-        adapter_from_peft(tensors, peft_config(trained, base_model="tiny"))
+        adapter_from_peft(tensors, {"r": 4, "lora_alpha": 8.0})

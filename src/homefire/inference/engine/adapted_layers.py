@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from homefire.model.experts import ExpertBlock, LowRank, RoutedTokens, block_of, fused_experts
 from homefire.model.loading import LoadedModel
-from homefire.model.lora import LoraAdapter, LowRank
+from homefire.model.lora import LoraAdapter
+from homefire.model.packed_lora import add_product
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,7 @@ def segments(
             by_id[id(adapter)] = adapter
             spans.setdefault(id(adapter), []).append((start, start + length))
         start += length
-    return [
-        Segment(adapter, _rows(spans[key], next(iter(adapter.layers.values())).a.device))
-        for key, adapter in by_id.items()
-    ]
+    return [Segment(adapter, _rows(spans[key], adapter.device)) for key, adapter in by_id.items()]
 
 
 def _rows(spans: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
@@ -68,6 +67,12 @@ class AdaptedLayers:
             if type(module) is nn.Linear and path != self._head_path
         }
         self._layers: dict[str, _AdaptedLayer] = {}
+        owners = fused_experts(model.module).items()
+        self._experts = {
+            path: _AdaptedExperts(path, block)
+            for path, owner in owners
+            if (block := block_of(owner)) is not None
+        }
 
     def route(self, routed: Segments) -> None:
         """Takes effect for every pass until the next call."""
@@ -78,6 +83,8 @@ class AdaptedLayers:
             if path not in self._layers:
                 self._layers[path] = _AdaptedLayer(self._linears[path])
             self._layers[path].parts = _parts(path, routed)
+        for experts in self._experts.values():
+            experts.route(routed)
 
     def adapt_head(self, logits: Tensor, hidden: Tensor, routed: Segments) -> Tensor:
         """Adds the head's updates to logits [T, V] of hidden [T, H], in place; the head is not routed,
@@ -94,11 +101,12 @@ class _Part:
     rows: slice | Tensor
 
     def add_to(self, output_TO: Tensor, input_TI: Tensor) -> None:
-        low = F.linear(input_TI[self.rows], self.layer.a)
+        low = F.linear(input_TI[self.rows].to(self.layer.a.dtype), self.layer.a)
         if isinstance(self.rows, slice):
-            output_TO[self.rows].addmm_(low, self.layer.b.t(), alpha=self.scaling)
+            add_product(output_TO[self.rows], low, self.layer.b, self.scaling)
         else:
-            output_TO.index_add_(0, self.rows, F.linear(low, self.layer.b), alpha=self.scaling)
+            update = F.linear(low, self.layer.b).to(output_TO.dtype)
+            output_TO.index_add_(0, self.rows, update, alpha=self.scaling)
 
 
 def _parts(path: str, routed: Segments) -> list[_Part]:
@@ -122,3 +130,35 @@ class _AdaptedLayer:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         for part in self.parts:
             part.add_to(output.view(-1, output.shape[-1]), inputs[0].flatten(0, -2))
+
+
+class _AdaptedExperts:
+    """Stands in for a block of routed experts while adapters of it are routed: the rows of each run
+    with it, and the others together."""
+
+    def __init__(self, path: str, block: ExpertBlock) -> None:
+        self._path = path
+        self._block = block
+        self._routed: list[Segment] = []
+
+    def route(self, routed: Segments) -> None:
+        self._routed = [segment for segment in routed if self._path in segment.adapter.experts]
+        attributes = vars(self._block.module)
+        if self._routed:
+            attributes["forward"] = self._forward
+        else:
+            attributes.pop("forward", None)
+
+    def _forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        outputs = torch.empty_like(hidden)
+        unadapted = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        given = RoutedTokens(hidden, top_k_index, top_k_weights)
+        for segment in self._routed:
+            rows, adapter = segment.rows, segment.adapter
+            low_rank = adapter.experts[self._path]
+            outputs[rows] = self._block.forward(given.rows(rows), low_rank, adapter.scaling)
+            unadapted[rows] = False
+        rows = unadapted.nonzero()[:, 0]
+        if len(rows):
+            outputs[rows] = self._block.forward(given.rows(rows), None, 1.0)
+        return outputs

@@ -370,7 +370,7 @@ class LoraWeights(TrainedWeights):
         return MergedWeights(tensors, {"tie_word_embeddings": False})
 
     def adapter_config(self) -> dict[str, Any]:
-        return peft_config(self._lora, base_model=self._base_model)
+        return peft_config(self._model, self._lora, base_model=self._base_model)
 
     def _settle(self) -> None:
         self._residence.use_base()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -122,10 +123,13 @@ def batch_of(seed: int, lengths=LENGTHS):
     }
 
 
-def run(engine, batch, kind=ForwardBackward, ranks=None):
+def run(engine, batch, kind=ForwardBackward, ranks=None, recompute=0):
     plan = execution_plan(
         batch["lengths"].tolist(), token_budget=60, threads=1, ranks=ranks or engine.ranks
     )
+    if recompute:
+        layers = [recompute] * len(plan.micro_batches)
+        plan = msgspec.structs.replace(plan, recompute=layers)
     request = kind(slot="policy", loss_fn="cross_entropy", loss_fn_config={}, plan=plan)
     return engine.ask(request, batch)[1]["logprobs"]
 
@@ -215,17 +219,17 @@ def test_snapshots_of_equal_weights_are_equal_files(one, two, slot, folder):
     assert (ours.digest, ours.size_bytes) == (theirs.digest, theirs.size_bytes)
 
 
-def test_the_same_plan_gives_the_same_bits(two):
-    def train() -> tuple[str, bytes]:
+def test_the_same_plan_gives_the_same_bits_whatever_is_recomputed(two):
+    def train(recompute: int = 0) -> tuple[str, bytes]:
         two.ask(OpenSlot(slot="policy", kind=SlotKind.FULL))
         for seed in range(2):
-            logprobs = run(two, batch_of(seed))
+            logprobs = run(two, batch_of(seed), recompute=recompute)
             step(two)
         found = digest(two), logprobs.tobytes()
         two.ask(CloseSlot("policy"))
         return found
 
-    assert train() == train()
+    assert train() == train() == train(recompute=3)
 
 
 def test_a_recovery_point_holds_what_was_accumulated(two, tmp_path):

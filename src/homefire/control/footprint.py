@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from homefire.control.capacity import Capacity, threads_per_engine
-from homefire.control.catalog import ModelConfig, parameter_count, read_model_config
+from homefire.control.catalog import parameter_count, read_model_config
 from homefire.control.db.rows import Need
-from homefire.wire.specs import TrainerMode
+from homefire.wire.specs import ActivationBudget, TrainerMode
 
 _PROCESS_BYTES = 400 << 20
 """Of each rank: Python, torch and a batch of small rows."""
@@ -25,6 +25,8 @@ MICRO_BATCH_TOKENS = 2048
 """What a CPU is fastest with: of 512 to 8192 tokens, 1024 to 2048 took the least time on models of
 0.8 and 34 M parameters, 8 to 12 % less than 8192, whose activations leave the caches."""
 _SMALLEST_MICRO_BATCH = 128
+_NUMBER_BYTES = 4
+"""Of an activation, float32 on CPU."""
 _ACTIVATION_SHARE = 0.5
 """Of the memory that the weights leave: graphs kept for custom losses and large saves want the rest."""
 
@@ -53,17 +55,30 @@ def micro_batch_tokens(directory: Path, need: Need, capacity: Capacity, ranks: i
 
     Found once per job and stored with it: bits depend on how a batch is cut.
     """
-    room = _ACTIVATION_SHARE * (capacity.memory_bytes - need.memory_bytes)
-    fitting = int(room / max(1, ranks * _activation_bytes(read_model_config(directory))))
-    return max(_SMALLEST_MICRO_BATCH, min(MICRO_BATCH_TOKENS, fitting))
+    activations = activation_budget(directory, need, capacity, ranks)
+    if activations is None:
+        return MICRO_BATCH_TOKENS
+    token_bytes = activations.layer_token_bytes * activations.num_layers
+    return max(_SMALLEST_MICRO_BATCH, min(MICRO_BATCH_TOKENS, activations.max_bytes // token_bytes))
 
 
-def _activation_bytes(config: ModelConfig) -> int:
-    """What autograd keeps of a token, in float32; 0 where the configuration does not tell.
+def activation_budget(
+    directory: Path, need: Need, capacity: Capacity, ranks: int = 1
+) -> ActivationBudget | None:
+    """What each rank's pass may keep beside the weights, and what a float32 token takes; None where
+    the configuration does not tell.
 
     Measured 24.4 x hidden numbers per layer where the MLP is 3 x hidden.
     """
-    text = config.text
+    text = read_model_config(directory).text
+    if not text.num_hidden_layers or not text.hidden_size:
+        return None
     widest = text.intermediate_size or 0
     widest = max(widest) if isinstance(widest, list) else widest
-    return 4 * (text.num_hidden_layers or 0) * (12 * (text.hidden_size or 0) + 4 * widest)
+    room = _ACTIVATION_SHARE * (capacity.memory_bytes - need.memory_bytes)
+    return ActivationBudget(
+        max_bytes=max(0, int(room / ranks)),
+        layer_token_bytes=_NUMBER_BYTES * (12 * text.hidden_size + 4 * widest),
+        input_token_bytes=_NUMBER_BYTES * text.hidden_size,
+        num_layers=text.num_hidden_layers,
+    )

@@ -15,7 +15,7 @@ from homefire.control.catalog import Catalog
 from homefire.control.db import tables
 from homefire.control.db.database import Database
 from homefire.control.db.rows import BaseModel, JobConfig, JobRow, ModelRow, Supervision
-from homefire.control.footprint import micro_batch_tokens, trainer_need
+from homefire.control.footprint import activation_budget, micro_batch_tokens, trainer_need
 from homefire.control.lifecycle import JOB_ALREADY, JOB_ENDED, JobEvent, job_after
 from homefire.control.names import check_id, id_in
 from homefire.control.rank_count import COUNT_FIELD, rank_count
@@ -171,6 +171,7 @@ class Jobs:
             max_context_length=_context_length(asked.max_context_length, shape, model),
             need=need,
             micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity, ranks),
+            activations=activation_budget(directory, need, self.capacity, ranks),
             ranks=ranks,
             retention=retention,
         )

@@ -44,6 +44,7 @@ class ProcessPlan:
             threads=config.need.threads // config.ranks,
             ranks=config.ranks,
             micro_batch_tokens=config.micro_batch_tokens,
+            activations=config.activations,
             store_root=str(self.home.store),
             job_dir=str(directory),
             engine=self.engine,

@@ -25,6 +25,7 @@ from homefire.model.head_loss import (
 )
 from homefire.model.layout import RowLayout
 from homefire.model.padded import padded_hidden
+from homefire.model.recompute import Reentry, recomputing
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -33,15 +34,25 @@ HEAD_CHUNK = 512
 """Tokens whose logits exist at once: 512 x 150k float32 logits are 0.3 GB."""
 
 
-def packed_hidden(model: LoadedModel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+def packed_hidden(
+    model: LoadedModel,
+    tokens: Tensor,
+    lengths: Sequence[int],
+    *,
+    recompute: int = 0,
+    reentries: Sequence[Reentry] = (),
+) -> Tensor:
     """tokens int [T], lengths summing to T -> [T, H], float32. Differentiable in the weights.
 
-    The order is that of the tokens whatever the model's layout.
+    The order is that of the tokens whatever the model's layout. `recompute` decoder layers compute
+    their activations again in backward; `reentries` are the contexts of this call that those need.
     """
     if model.layout is RowLayout.PADDED:
-        return padded_hidden(model, tokens, lengths)
+        return padded_hidden(model, tokens, lengths, recompute=recompute, reentries=reentries)
     positions = torch.cat([torch.arange(length, device=tokens.device) for length in lengths])
-    with attending(PackedRows(lengths)):
+    context = PackedRows(lengths)
+    again = [lambda: attending(context), *reentries]
+    with attending(context), recomputing(model, recompute, again):
         output = model.backbone(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False
         )

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from homefire.model.attention import AttentionContext, PackedRows, attending
 from homefire.model.attention_rule import AttentionRule
+from homefire.model.recompute import Reentry, recomputing
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -25,13 +26,20 @@ _MIN_FILL = 0.75
 """Of a padded row that is tokens: rows of very different lengths do not go together."""
 
 
-def padded_hidden(model: LoadedModel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """tokens int [T] of rows end to end -> [T, W] in the same order. Differentiable in the weights."""
+def padded_hidden(
+    model: LoadedModel,
+    tokens: Tensor,
+    lengths: Sequence[int],
+    *,
+    recompute: int = 0,
+    reentries: Sequence[Reentry] = (),
+) -> Tensor:
+    """tokens int [T] of rows end to end -> [T, W] in the same order; see `packed_hidden`."""
     rows = tokens.split(list(lengths))
     hidden: dict[int, Tensor] = {}
     for group in batches(lengths):
         padded = pad_sequence([rows[row] for row in group], batch_first=True)
-        states = _batch_hidden(model, padded)
+        states = _batch_hidden(model, padded, recompute, reentries)
         hidden |= {row: states[place, : lengths[row]] for place, row in enumerate(group)}
     return torch.cat([hidden[row] for row in range(len(rows))])
 
@@ -52,10 +60,14 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _batch_hidden(model: LoadedModel, tokens_BL: Tensor) -> Tensor:
+def _batch_hidden(
+    model: LoadedModel, tokens_BL: Tensor, recompute: int, reentries: Sequence[Reentry]
+) -> Tensor:
     num_rows, length = tokens_BL.shape
     positions = torch.arange(length, device=tokens_BL.device).expand(num_rows, -1)
-    with attending(ByRow(PackedRows([length] * num_rows))):
+    context = ByRow(PackedRows([length] * num_rows))
+    again = [lambda: attending(context), *reentries]
+    with attending(context), recomputing(model, recompute, again):
         output = model.backbone(input_ids=tokens_BL, position_ids=positions, use_cache=False)
     return output.last_hidden_state
 

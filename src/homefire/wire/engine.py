@@ -81,6 +81,10 @@ class ExecutionPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Example: [[2, 1], [1, 0]] for micro-batches of 3 and 1 rows on two ranks.
     """
+    recompute: list[int] = []
+    """Per micro-batch, how many decoder layers, from the first, compute their activations again in
+    backward rather than keep them. Empty: none. The same bits on CPU; on an accelerator a matter of
+    its kernels."""
 
 
 class AdamParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,6 +39,19 @@ class Upstream(msgspec.Struct, frozen=True):
     secret: str
 
 
+class ActivationBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backward pass may keep of its forward. Found once per job and stored, as bits on an
+    accelerator depend on it."""
+
+    max_bytes: int
+    """Of one micro-batch's activations on each rank."""
+    layer_token_bytes: int
+    """What one decoder layer keeps of a token."""
+    input_token_bytes: int
+    """What is left of that when the layer is computed again in backward: its input."""
+    num_layers: int
+
+
 class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One trainer service (front + engine) of one job."""
 
@@ -75,6 +88,8 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Directories that a path from a client may lead into."""
     micro_batch_tokens: int = 2048
     """Token budget of one micro-batch, and of each rank's share; part of the journaled plan, so fixed per job."""
+    activations: ActivationBudget | None = None
+    """Micro-batches over it recompute layers in backward; None: all is kept."""
     held_graph_bytes: int | None = None
     """What graphs kept between the two calls of a custom loss may take in memory; 0: none is kept,
     None: an eighth of the memory of the engine's device."""

@@ -7,7 +7,12 @@ import pytest
 
 from homefire.control.capacity import Capacity
 from homefire.control.db.rows import Need
-from homefire.control.footprint import MICRO_BATCH_TOKENS, micro_batch_tokens
+from homefire.control.footprint import (
+    MICRO_BATCH_TOKENS,
+    activation_budget,
+    micro_batch_tokens,
+)
+from homefire.wire.specs import ActivationBudget
 
 GIB = 1 << 30
 
@@ -34,3 +39,20 @@ def test_a_model_that_does_not_tell_its_shape_gets_what_is_fastest(tmp_path: Pat
     (tmp_path / "config.json").write_text("{}")
     capacity = Capacity(threads=2, memory_bytes=8 * GIB)
     assert micro_batch_tokens(tmp_path, Need(1, GIB), capacity) == MICRO_BATCH_TOKENS
+
+
+def test_activations_may_take_half_of_what_the_weights_leave(directory: Path) -> None:
+    found = activation_budget(
+        directory, Need(1, 3 * GIB), Capacity(threads=2, memory_bytes=7 * GIB)
+    )
+    assert found == ActivationBudget(
+        max_bytes=2 * GIB, layer_token_bytes=4 * 24 * 1024, input_token_bytes=4096, num_layers=32
+    )
+    full = activation_budget(directory, Need(1, 3 * GIB), Capacity(threads=2, memory_bytes=GIB))
+    assert full is not None
+    assert full.max_bytes == 0
+
+
+def test_a_model_that_does_not_tell_its_shape_has_no_budget_of_activations(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert activation_budget(tmp_path, Need(1, GIB), Capacity(threads=2, memory_bytes=GIB)) is None

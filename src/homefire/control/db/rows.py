@@ -16,7 +16,7 @@ from homefire.wire.resources import (
     TrainerJobRequest,
 )
 from homefire.wire.retention import RetentionPolicy
-from homefire.wire.specs import TrainerMode
+from homefire.wire.specs import ActivationBudget, TrainerMode
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -75,6 +75,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Token budget of one micro-batch. The default is that of jobs made before it was recorded."""
     ranks: int = 1
     """Processes of its engine. The default is that of jobs made before shapes could ask for more."""
+    activations: ActivationBudget | None = None
+    """What a micro-batch may keep; None for jobs made before it was recorded, which keep all."""
     pooled: bool = False
     """A trainer of the root Tinker plane: its models have slots of their own."""
     retention: RetentionPolicy = RetentionPolicy()

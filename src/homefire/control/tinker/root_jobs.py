@@ -13,7 +13,7 @@ from pathlib import Path
 from homefire.control.capacity import Capacity, never_fits
 from homefire.control.db import tables
 from homefire.control.db.rows import BaseModel, JobConfig, JobRow, Supervision
-from homefire.control.footprint import micro_batch_tokens, trainer_need
+from homefire.control.footprint import activation_budget, micro_batch_tokens, trainer_need
 from homefire.control.lifecycle import JOB_TRANSITIONS, JobEvent, job_after
 from homefire.control.supervision import after_request
 from homefire.control.trainer_keeper import admit_if_room
@@ -108,6 +108,7 @@ class RootJobs:
                 max_context_length=model.max_context_length,
                 need=need,
                 micro_batch_tokens=micro_batch_tokens(directory, need, self.capacity),
+                activations=activation_budget(directory, need, self.capacity),
                 pooled=True,
             ),
             supervision=Supervision(),

@@ -36,6 +36,8 @@ class Batch:
     """Tokens of the first row that come before the batch: see `span`."""
     shares: Sequence[int] = ()
     """Of a micro-batch: rows of each rank, in order; empty: one rank computes them all."""
+    recompute: int = 0
+    """Of a micro-batch: decoder layers that compute their activations again in backward."""
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +71,13 @@ class Batch:
         )
 
     def packed(self) -> PackedTargets:
-        return PackedTargets(self.tokens, self.lengths.tolist(), self.targets, shares=self.shares)
+        return PackedTargets(
+            self.tokens,
+            self.lengths.tolist(),
+            self.targets,
+            shares=self.shares,
+            recompute=self.recompute,
+        )
 
 
 def _overlap(row: slice, tokens: slice) -> int:
@@ -157,12 +165,16 @@ def micro_batches(batch: Batch, plan: ExecutionPlan) -> Iterator[MicroBatch]:
             f"the plan names rows {named} of a batch of {batch.num_rows}", field="plan"
         )
     shares = plan.shares or [[] for _ in plan.micro_batches]
-    if len(shares) != len(plan.micro_batches):
-        raise InvalidArgument(
-            f"the plan has {len(plan.micro_batches)} micro-batches and shares of {len(shares)}",
-            field="plan",
-        )
-    for chosen, rows_of_ranks in zip(plan.micro_batches, shares, strict=True):
+    recompute = plan.recompute or [0] * len(plan.micro_batches)
+    for what, found in (("shares", shares), ("recomputed layers", recompute)):
+        if len(found) != len(plan.micro_batches):
+            raise InvalidArgument(
+                f"the plan has {len(plan.micro_batches)} micro-batches and {what} of {len(found)}",
+                field="plan",
+            )
+    for chosen, rows_of_ranks, num_layers in zip(
+        plan.micro_batches, shares, recompute, strict=True
+    ):
         if not chosen:
             continue
         places = np.concatenate([np.arange(rows[row].start, rows[row].stop) for row in chosen])
@@ -173,5 +185,6 @@ def micro_batches(batch: Batch, plan: ExecutionPlan) -> Iterator[MicroBatch]:
             row_ids=batch.row_ids[chosen],
             inputs={name: array[places] for name, array in batch.inputs.items()},
             shares=rows_of_ranks,
+            recompute=num_layers,
         )
         yield MicroBatch(cut, places)

@@ -39,6 +39,7 @@ from homefire.trainer.engine.losses import (
     metrics,
 )
 from homefire.trainer.engine.network import Network, TrainableWeights
+from homefire.trainer.engine.second_try import Replan, with_second_try
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
     AdoptSnapshot,
@@ -188,13 +189,18 @@ class SlotEngine:
         trained = slot.trainable()
         extras = _extras(request, arrays, forward_only=False)
         self._use(request.plan)
-        try:
-            if extras.embedding is not None:
-                return self._embedding_backward(slot, trained, request, arrays, extras.embedding)
-            loss = loss_function(request.loss_fn, extras.loss_config)
-            return self._backward(slot, trained, request, loss, arrays)
-        finally:
-            trained.drop_gradient()
+
+        def attempt(replan: Replan) -> tuple[Rows, Arrays]:
+            asked = msgspec.structs.replace(request, plan=replan(request.plan))
+            try:
+                if extras.embedding is not None:
+                    return self._embedding_backward(slot, trained, asked, arrays, extras.embedding)
+                loss = loss_function(asked.loss_fn, extras.loss_config)
+                return self._backward(slot, trained, asked, loss, arrays)
+            finally:
+                trained.drop_gradient()
+
+        return with_second_try(attempt, self._network, self._held)
 
     def _backward(
         self,
@@ -222,11 +228,16 @@ class SlotEngine:
         packed_passes.check_slots([self._slots.get(asked.slot) for asked in request.members])
         self._held.make_way()
         self._use(request.members[0].plan)
-        members = [
-            packed_passes.or_failure(partial(self._member, asked, of_member(number, arrays)))
-            for number, asked in enumerate(request.members)
-        ]
-        replies = packed_passes.backward(self._network, members)
+
+        def attempt(replan: Replan) -> list[packed_passes.MemberReply]:
+            asked = [msgspec.structs.replace(m, plan=replan(m.plan)) for m in request.members]
+            members = [
+                packed_passes.or_failure(partial(self._member, one, of_member(number, arrays)))
+                for number, one in enumerate(asked)
+            ]
+            return packed_passes.backward(self._network, members)
+
+        replies = with_second_try(attempt, self._network, self._held)
         rows = RowsByMember(members=[reply for reply, _ in replies])
         return rows, by_member([found for _, found in replies])
 

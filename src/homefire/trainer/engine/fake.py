@@ -64,11 +64,18 @@ class BigramNetwork:
         return self._base.size
 
     @property
+    def num_layers(self) -> int:
+        return 0
+
+    @property
     def memory_bytes(self) -> int:
         return memory.total_bytes()
 
     def available_bytes(self) -> int | None:
         return memory.available_bytes()
+
+    def free_memory(self) -> None:
+        """Nothing is cached."""
 
     def use_threads(self, count: int) -> None:
         """numpy keeps its own; nothing here is large enough to be split."""

@@ -39,6 +39,8 @@ class PackedTokens:
     """[N], sum T"""
     shares: Sequence[int] = field(default=(), kw_only=True)
     """Rows of each rank, neighbours in the order of the ranks; empty: one rank has them all."""
+    recompute: int = field(default=0, kw_only=True)
+    """So many decoder layers, from the first, compute their activations again in backward."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +226,21 @@ class Network(Protocol):
     def num_parameters(self) -> int: ...
 
     @property
+    def num_layers(self) -> int:
+        """Whose activations can be computed again in backward; 0 where there is nothing to save."""
+        ...
+
+    @property
     def memory_bytes(self) -> int:
         """Of the device in all."""
         ...
 
     def available_bytes(self) -> int | None:
         """What the device has free; None when unknown."""
+        ...
+
+    def free_memory(self) -> None:
+        """Gives what is cached but not used back to the device, after a pass that found none."""
         ...
 
     def use_threads(self, count: int) -> None: ...

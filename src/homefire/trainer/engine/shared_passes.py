@@ -28,10 +28,9 @@ def backward_together(residence: Residence, parts: Sequence[Part]) -> list[Float
     residence.use_base()
     model.module.requires_grad_(False)
     segments = [Segment(_adapted(part).adapter, len(part.batch.tokens)) for part in parts]
-    with applied_by_segment(model, segments):
-        states = _hidden(model, parts).split([segment.num_tokens for segment in segments])
-        found = [_scored(model, part, own) for part, own in zip(parts, states, strict=True)]
-        _push([pending for _, pending in found if pending is not None])
+    states = _hidden(model, parts, segments).split([segment.num_tokens for segment in segments])
+    found = [_scored(model, part, own) for part, own in zip(parts, states, strict=True)]
+    _push([pending for _, pending in found if pending is not None])
     return [logprobs.detach().cpu().numpy() for logprobs, _ in found]
 
 
@@ -41,10 +40,17 @@ def _adapted(part: Part) -> LoraWeights:
     return part.weights
 
 
-def _hidden(model: LoadedModel, parts: Sequence[Part]) -> Tensor:
+def _hidden(model: LoadedModel, parts: Sequence[Part], segments: Sequence[Segment]) -> Tensor:
     """[T of all parts, E], differentiable."""
     tokens = torch.cat([torch.from_numpy(part.batch.tokens) for part in parts]).to(model.device)
-    return packed_hidden(model, tokens, [n for part in parts for n in part.batch.lengths])
+    with applied_by_segment(model, segments):
+        return packed_hidden(
+            model,
+            tokens,
+            [n for part in parts for n in part.batch.lengths],
+            recompute=max(part.batch.recompute for part in parts),
+            reentries=[lambda: applied_by_segment(model, segments)],
+        )
 
 
 def _scored(

@@ -11,6 +11,7 @@ from homefire.foundation import memory
 from homefire.foundation.clock import Clock
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
+from homefire.model.recompute import decoder_layers
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
 from homefire.trainer.engine.ranks.placement import Placements
@@ -78,6 +79,10 @@ class TorchNetwork:
         return sum(parameter.numel() for parameter in self._model.module.parameters())
 
     @property
+    def num_layers(self) -> int:
+        return len(decoder_layers(self._model))
+
+    @property
     def memory_bytes(self) -> int:
         device = self._model.device
         if device.type == "cuda":
@@ -91,6 +96,10 @@ class TorchNetwork:
             return memory.available_bytes()
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+    def free_memory(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def use_threads(self, count: int) -> None:
         """The number of threads is part of a plan: on CPU a sum's bits depend on it."""

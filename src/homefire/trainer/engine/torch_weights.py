@@ -400,9 +400,12 @@ def _hidden(model: LoadedModel, adapter: LoraAdapter | None, batch: PackedTokens
     """[T, E], differentiable in the module's and the adapter's leaves."""
     tokens = torch.from_numpy(batch.tokens).to(model.device)
     if adapter is None:
-        return packed_hidden(model, tokens, batch.lengths)
+        return packed_hidden(model, tokens, batch.lengths, recompute=batch.recompute)
+    again = [lambda: applied(model, adapter)]
     with applied(model, adapter):
-        return packed_hidden(model, tokens, batch.lengths)
+        return packed_hidden(
+            model, tokens, batch.lengths, recompute=batch.recompute, reentries=again
+        )
 
 
 def _target_logprobs(

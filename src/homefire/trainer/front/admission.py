@@ -271,6 +271,7 @@ class Admission:
             token_budget=self._spec.micro_batch_tokens,
             threads=self._spec.threads,
             ranks=self._spec.ranks,
+            activations=self._spec.activations,
         )
 
     def _new_request_id(self) -> str:

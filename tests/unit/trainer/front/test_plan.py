@@ -3,7 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homefire.trainer.front.plan import execution_plan, micro_batches
+from homefire.trainer.front.plan import execution_plan, micro_batches, recomputed_layers
+from homefire.wire.specs import ActivationBudget
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=40)
 RANKS = st.integers(1, 4)
@@ -52,3 +53,47 @@ def test_the_shares_of_a_micro_batch_add_up_to_its_rows(
     plan = execution_plan(lengths, token_budget=budget, threads=1, ranks=ranks)
     if ranks > 1:
         assert [sum(s) for s in plan.shares] == [len(rows) for rows in plan.micro_batches]
+
+
+BUDGETS = st.builds(
+    ActivationBudget,
+    max_bytes=st.integers(0, 100_000),
+    layer_token_bytes=st.integers(20, 200),
+    input_token_bytes=st.integers(1, 19),
+    num_layers=st.integers(1, 12),
+)
+
+
+def kept_bytes(num_tokens: int, recomputed: int, budget: ActivationBudget) -> int:
+    whole = (budget.num_layers - recomputed) * budget.layer_token_bytes
+    return num_tokens * (whole + recomputed * budget.input_token_bytes)
+
+
+@given(st.integers(1, 500), BUDGETS)
+def test_the_fewest_layers_are_recomputed_that_keep_a_pass_within_its_budget(
+    num_tokens: int, budget: ActivationBudget
+) -> None:
+    found = recomputed_layers(num_tokens, budget)
+    if found < budget.num_layers:
+        assert kept_bytes(num_tokens, found, budget) <= budget.max_bytes
+    if found > 0:
+        assert kept_bytes(num_tokens, found - 1, budget) > budget.max_bytes
+
+
+def test_only_micro_batches_over_the_budget_are_recomputed() -> None:
+    budget = ActivationBudget(
+        max_bytes=5000, layer_token_bytes=100, input_token_bytes=10, num_layers=8
+    )
+    plan = execution_plan([10, 3, 2], token_budget=6, threads=1, activations=budget)
+    assert plan.micro_batches == [[0], [1, 2]]
+    assert plan.recompute == [4, 0]
+    assert execution_plan([3, 2], token_budget=6, threads=1, activations=budget).recompute == []
+
+
+def test_the_largest_share_of_a_rank_decides() -> None:
+    budget = ActivationBudget(
+        max_bytes=4000, layer_token_bytes=100, input_token_bytes=10, num_layers=8
+    )
+    plan = execution_plan([10, 3], token_budget=10, threads=1, ranks=2, activations=budget)
+    assert plan.shares == [[1, 1]]
+    assert plan.recompute == [5]

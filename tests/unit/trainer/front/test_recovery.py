@@ -24,6 +24,7 @@ from homefire.wire.engine import (
 )
 from homefire.wire.errors import Unavailable
 from homefire.wire.internal import TrainerState
+from homefire.wire.specs import ActivationBudget
 from unit.trainer.front.conftest import Orders
 
 
@@ -91,13 +92,17 @@ async def test_a_replay_obeys_the_plan_that_was_journaled(start_front, orders, d
 
     rows = [datum([1, 2, 3]), datum([4, 5, 6, 7]), datum([8, 9])]
     later = Orders()
-    async with start_front(orders=orders, micro_batch_tokens=4, crash=True) as client:
+    tight = ActivationBudget(
+        max_bytes=250, layer_token_bytes=50, input_token_bytes=10, num_layers=2
+    )
+    crashing = start_front(orders=orders, micro_batch_tokens=4, activations=tight, crash=True)
+    async with crashing as client:
         model = await client.model()
         await client.forward_backward(model, 1, data=rows)
         await client.result(await client.optim_step(model, 2))
     async with start_front(orders=later, micro_batch_tokens=99, threads=2) as client:
         await client.result(await client.forward_backward(model, 3, data=rows))
-    journaled = ExecutionPlan(micro_batches=[[1], [0, 2]], threads=1)
+    journaled = ExecutionPlan(micro_batches=[[1], [0, 2]], threads=1, recompute=[1, 1])
     todays = ExecutionPlan(micro_batches=[[1, 0, 2]], threads=2)
     assert plans(orders.seen) == [journaled]
     assert plans(later.seen) == [journaled, todays]

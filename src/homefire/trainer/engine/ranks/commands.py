@@ -5,7 +5,7 @@ rank computed for its rows. Only `Backward` has a middle: the rank answers with 
 gets `Push` with the derivative of the loss for them, or `Abandon`.
 
 Arrays of passes, for the rank's own rows: tokens int64 [T], lengths int64 [N], targets int64 [T, K],
-gradient float32. A rank without rows of its own gets a row of one token, whose gradient is zero.
+gradient float32, recompute int64 [1] where layers are. A rank without rows of its own gets a row of one token, whose gradient is zero.
 """
 
 from __future__ import annotations

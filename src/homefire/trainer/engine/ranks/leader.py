@@ -167,12 +167,19 @@ class RankedNetwork:
         return self._own.num_parameters
 
     @property
+    def num_layers(self) -> int:
+        return self._own.num_layers
+
+    @property
     def memory_bytes(self) -> int:
         """None for kept graphs: a backward among ranks computes its forward again."""
         return 0
 
     def available_bytes(self) -> int | None:
         return self._own.available_bytes()
+
+    def free_memory(self) -> None:
+        self._own.free_memory()
 
     def use_threads(self, count: int) -> None:
         if count != self._threads:

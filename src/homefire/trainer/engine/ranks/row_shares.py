@@ -28,6 +28,8 @@ class RowShare:
         }
         if isinstance(self.batch, PackedTargets):
             arrays["targets"] = self.batch.targets
+        if self.batch.recompute:
+            arrays["recompute"] = np.array([self.batch.recompute])
         if gradient is not None:
             arrays["gradient"] = gradient
         return arrays
@@ -78,13 +80,22 @@ def join_rows(parts: Sequence[Array], shares: Sequence[RowShare]) -> Array:
 
 
 def packed_tokens(arrays: Arrays) -> PackedTokens:
-    return PackedTokens(arrays["tokens"].copy(), arrays["lengths"].tolist())
+    return PackedTokens(
+        arrays["tokens"].copy(), arrays["lengths"].tolist(), recompute=_recompute(arrays)
+    )
 
 
 def packed_targets(arrays: Arrays) -> PackedTargets:
     return PackedTargets(
-        arrays["tokens"].copy(), arrays["lengths"].tolist(), arrays["targets"].copy()
+        arrays["tokens"].copy(),
+        arrays["lengths"].tolist(),
+        arrays["targets"].copy(),
+        recompute=_recompute(arrays),
     )
+
+
+def _recompute(arrays: Arrays) -> int:
+    return int(arrays["recompute"][0]) if "recompute" in arrays else 0
 
 
 def _share(batch: PackedTokens, rows: slice, tokens: slice) -> RowShare:
@@ -93,11 +104,12 @@ def _share(batch: PackedTokens, rows: slice, tokens: slice) -> RowShare:
     if not num_rows:
         own, lengths = np.zeros(1, np.int64), [1]
     if not isinstance(batch, PackedTargets):
-        return RowShare(PackedTokens(own, lengths), num_rows, num_tokens)
+        return RowShare(PackedTokens(own, lengths, recompute=batch.recompute), num_rows, num_tokens)
     targets = batch.targets[tokens]
     if not num_rows:
         targets = np.zeros((1, batch.targets.shape[1]), np.int64)
-    return RowShare(PackedTargets(own, lengths, targets), num_rows, num_tokens)
+    given = PackedTargets(own, lengths, targets, recompute=batch.recompute)
+    return RowShare(given, num_rows, num_tokens)
 
 
 def _spans(counts: Sequence[int]) -> list[slice]:

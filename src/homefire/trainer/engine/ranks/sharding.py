@@ -8,7 +8,7 @@ since rounding looks at one element at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from homefire.model.loading import LoadedModel
+from homefire.model.recompute import decoder_layers
 from homefire.model.tensors import live_tensors
 from homefire.trainer.engine.ranks.placement import Placement, Undivided
 from homefire.trainer.engine.ranks.rank_group import RankGroup
@@ -52,14 +53,6 @@ def shard_model(model: LoadedModel, group: RankGroup) -> LoadedModel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     return replace(model, root=root)
-
-
-def decoder_layers(model: LoadedModel) -> Iterator[nn.Module]:
-    """The blocks of the outermost module list, whatever the family calls it."""
-    for module in model.backbone.modules():
-        if isinstance(module, nn.ModuleList):
-            yield from module
-            return
 
 
 def _refuse_scalars(model: LoadedModel) -> None:

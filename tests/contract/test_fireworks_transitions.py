@@ -41,6 +41,9 @@ def test_the_sampler_asks_again_while_it_is_refused(found):
 
 @every_release_with_update
 @shows("hot_load_transition_type ASYNC")
-def test_an_async_transition_refuses_nothing(found):
-    assert found["asynchronous"]["seen"] == [200]
-    assert ended_on_the_weights_that_it_began_on(found["asynchronous"])
+def test_an_async_transition_refuses_nothing_and_names_the_weights_of_every_token(found):
+    swap = found["asynchronous"]
+    assert swap["seen"] == [200]
+    assert swap["long"] == swap["before"]
+    assert swap["models"] == [swap["before"], swap["saved"]]
+    assert swap["spans"] == [[swap["before"], swap["saved"]]]

@@ -24,6 +24,7 @@ from homefire.checkpoints.safetensors_file import write_safetensors
 from homefire.checkpoints.store import CheckpointKey, CheckpointStore
 from homefire.wire.errors import DigestMismatch, InvalidArgument, SizeCapExceeded
 from homefire.wire.manifest import (
+    Canary,
     CheckpointFamily,
     CheckpointKind,
     FileEntry,
@@ -56,6 +57,7 @@ class SnapshotInfo:
     expires_at: float | None = None
     cap_bytes: int = 64 << 30
     """A checkpoint above this is refused; from 80 % on a warning is logged."""
+    canary: Canary | None = None
 
 
 def write_base(
@@ -177,6 +179,7 @@ def new_manifest(
         num_changed=num_changed,
         num_elements=num_elements,
         lora=lora,
+        canary=info.canary,
         expires_at=info.expires_at,
         metadata=info.metadata,
         homefire_version=__version__,

@@ -36,16 +36,25 @@ from homefire.wire.errors import (
     WrongCheckpointKind,
 )
 from homefire.wire.ids import BASE_IDENTITY, POLICY_SLOT, check_name
-from homefire.wire.internal import HotLoadStage, LedgerEntry, SnapshotLocation
+from homefire.wire.internal import (
+    CanaryVerdict,
+    Drain,
+    HotLoadStage,
+    LedgerEntry,
+    SnapshotLocation,
+    Transition,
+)
 from homefire.wire.manifest import CheckpointFamily
 from homefire.wire.resources import (
     HotLoadSignal,
     HotLoadStatus,
     LoadedReplica,
     LoadingState,
+    ServedState,
 )
 
 _PROMPT_CACHE_MODES = {"all", "new_session", "none"}
+_MAX_DRAIN_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class HotLoads:
         UnknownSnapshot names what exists; the replicas then serve on as they did.
         """
         reset = _reset_prompt_cache(signal.reset_prompt_cache)
+        check_drain_timeout(signal.drain_timeout_s, field="drain_timeout_s")
         deployment = await self.deployment(account, deployment_name)
         if not deployment.config.enable_hot_load:
             raise FailedPrecondition(
@@ -76,12 +86,16 @@ class HotLoads:
 
         def work(connection: sqlite3.Connection) -> None:
             row = find_deployment(connection, account, deployment.id)
+            transition = _transition(row.config.hot_load_transition_type)
+            _refuse_strict_async(signal, transition)
             desired = DesiredWeights(
                 identity=identity,
                 location=location,
                 digest=digest,
                 reset_prompt_cache=reset,
-                transition=_transition(row.config.hot_load_transition_type),
+                transition=transition,
+                drain=signal.drain,
+                drain_timeout_s=signal.drain_timeout_s,
                 generation=row.desired.generation + 1,
             )
             tables.desire_weights(connection, row, desired, now=self.clock.now())
@@ -189,6 +203,7 @@ def _loaded_replica(desired: DesiredWeights, seen: SeenReplica) -> LoadedReplica
         current_snapshot_identity=seen.status.identity,
         readiness=seen.status.ready and not is_namesake,
         loading_state=_loading_state(desired, seen),
+        homefire=ServedState(seen.status.digest, seen.status.canary, seen.status.attested_by),
     )
 
 
@@ -196,7 +211,8 @@ def _loading_state(desired: DesiredWeights, seen: SeenReplica) -> LoadingState:
     assert seen.status is not None
     error = hot_load_error(desired, seen)
     if error is not None:
-        return LoadingState(HotLoadStage.ERROR, desired.identity, error)
+        code = seen.status.error_code if error == seen.status.error else ""
+        return LoadingState(HotLoadStage.ERROR, desired.identity, error, code)
     if has_settled_weights(desired, seen):
         return LoadingState(HotLoadStage.IDLE)
     if seen.signalled != desired.generation:
@@ -226,8 +242,25 @@ def _reset_prompt_cache(asked: bool | str) -> bool:
     return asked == "all"
 
 
-def _transition(configured: str | None) -> str:
-    return configured if configured in ("SYNC", "ASYNC") else "DRAIN"
+def check_drain_timeout(seconds: float | None, *, field: str) -> None:
+    """InvalidArgument; NaN is refused too."""
+    if seconds is not None and not 0 <= seconds <= _MAX_DRAIN_S:
+        raise InvalidArgument(
+            f"{field} {seconds} is not between 0 and {_MAX_DRAIN_S:.0f} seconds", field=field
+        )
+
+
+def _transition(configured: str | None) -> Transition:
+    return Transition(configured) if configured in ("SYNC", "ASYNC") else Transition.DRAIN
+
+
+def _refuse_strict_async(signal: HotLoadSignal, transition: Transition) -> None:
+    if signal.drain is Drain.STRICT and transition is Transition.ASYNC:
+        raise InvalidArgument(
+            "drain 'strict' lets no request go on in place, and ASYNC lets all of them",
+            hint="leave drain out, or PATCH the deployment's hotLoadTransitionType to DRAIN or SYNC",
+            field="drain",
+        )
 
 
 def _read_ledger(root: Path) -> list[LedgerEntry]:
@@ -247,7 +280,11 @@ def _ledger_entry(event: Mapping[str, object]) -> LedgerEntry:
         ok=event.get("ok") is True,
         load_ms=_number(event.get("load_ms")),
         drain_ms=_number(event.get("drain_ms")),
+        canary=CanaryVerdict(event.get("canary") or CanaryVerdict.ABSENT),
+        num_stragglers=int(_number(event.get("num_stragglers"))),
+        reseeded=event.get("reseeded") is True,
         error=str(event.get("error") or ""),
+        error_code=str(event.get("error_code") or ""),
     )
 
 

@@ -44,10 +44,6 @@ from homefire.wire.resources import (
 )
 from homefire.wire.specs import TrainerMode
 
-_ASYNC_NOTE = (
-    "hotLoadTransitionType ASYNC drains: running requests end on the weights that they began on, and"
-    " new ones wait for the new weights"
-)
 _CODES = {
     JobState.FAILED: "INTERNAL",
     JobState.CANCELLED: "CANCELLED",
@@ -219,11 +215,8 @@ def _deployment_status(deployment: DeploymentRow) -> Status:
         region=config.region,
         preemptible=config.preemptible,
     )
-    notes = [
-        f"{pointless} recorded, not applied: this machine is your own" if pointless else "",
-        _ASYNC_NOTE if config.hot_load_transition_type == "ASYNC" else "",
-    ]
-    return Status(code, "; ".join(filter(None, [deployment.message, *notes])))
+    note = f"{pointless} recorded, not applied: this machine is your own" if pointless else ""
+    return Status(code, "; ".join(filter(None, [deployment.message, note])))
 
 
 def _bucket_of(trainer_job: str, store: Path) -> str:

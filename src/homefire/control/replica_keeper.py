@@ -202,4 +202,6 @@ def _hot_load_request(desired: DesiredWeights) -> HotLoadRequest:
         digest=desired.digest,
         reset_prompt_cache=desired.reset_prompt_cache,
         transition=desired.transition,
+        drain=desired.drain,
+        drain_timeout_s=desired.drain_timeout_s,
     )

@@ -107,13 +107,14 @@ def text_hidden(
 ) -> Tensor:
     """tokens int64 [T] of one text, never padded: its state would run on over the padding -> [T, W].
 
-    Keys, values and state are kept in each of the slots `kept_in`.
+    Keys, values and state are kept in each of the slots `kept_in`, of which there may be none.
     """
     context = slots.prefilling([len(tokens)], [kept_in])
     cache = states.beginning()
     positions = torch.arange(len(tokens), device=tokens.device)
     hidden = _run(model, tokens[None], positions[None], context, cache)[0]
-    states.keep(cache, kept_in)
+    if kept_in:
+        states.keep(cache, kept_in)
     return hidden
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         LoadStateResponse,
         SaveSamplerResult,
     )
-    from homefire.sdk.weights import WeightsIdentity
+    from homefire.sdk.weights import WeightsIdentity, WeightsSpan
     from homefire.wire.errors import WeightsMismatch
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "WeightSyncer",
     "WeightsIdentity",
     "WeightsMismatch",
+    "WeightsSpan",
     "validate_output_model_id",
 ]
 
@@ -98,7 +99,7 @@ _MODULES = {
         "LoadStateResponse",
         "SaveSamplerResult",
     ),
-    "weights": ("WeightsIdentity", "WeightsMismatch"),
+    "weights": ("WeightsIdentity", "WeightsMismatch", "WeightsSpan"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

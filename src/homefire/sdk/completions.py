@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from homefire.sdk.connection import Json
-from homefire.sdk.weights import WeightsIdentity
+from homefire.sdk.weights import WeightsIdentity, WeightsSpan
 
 
 @dataclass
@@ -33,7 +33,11 @@ class SampledCompletion:
     routing_matrices: list[str] | None = None
     """Base64, one per logprob entry, when routing matrices were asked."""
     weights: WeightsIdentity | None = None
-    """Which weights made it; None when the server does not say."""
+    """Which weights made it, or, after a hot load in place, its beginning; None when the server does not
+    say."""
+    weights_spans: list[WeightsSpan] | None = None
+    """Which weights drew which tokens of the completion: one span, but after a hot load in place. None when
+    the server does not say."""
     sampling_logprobs: list[float] | None = None
     """As `inference_logprobs`, under the distribution that was sampled from (temperature, top-p,
     top-k): the behaviour policy. None unless the server gave one for every token."""
@@ -71,6 +75,7 @@ def completion_of(
         routing_matrices=_column(entries, "routing_matrix"),
         weights=weights,
         sampling_logprobs=_column(entries, "sampling_logprob"),
+        weights_spans=_spans(response, weights, len(completion_ids)),
     )
 
 
@@ -80,6 +85,18 @@ def weights_of(response: Json, header: str | None) -> WeightsIdentity | None:
     if named:
         return WeightsIdentity(named["identity"], named.get("digest", ""))
     return WeightsIdentity.from_header(header) if header else None
+
+
+def _spans(
+    response: Json, weights: WeightsIdentity | None, num_tokens: int
+) -> list[WeightsSpan] | None:
+    named = (response.get("homefire") or {}).get("spans")
+    if named:
+        return [
+            WeightsSpan(s["start"], s["end"], WeightsIdentity(s["identity"], s["digest"]))
+            for s in named[0]
+        ]
+    return None if weights is None else [WeightsSpan(0, num_tokens, weights)]
 
 
 def _completion_ids(raw: Json, prompt_ids: list[int], num_echoed: int) -> list[int]:

@@ -141,15 +141,24 @@ class DeploymentManager(FireworksClient):
         base_model: str,
         snapshot_identity: str,
         incremental_snapshot_metadata: dict[str, Any] | None = None,
-        reset_prompt_cache: bool = True,
+        reset_prompt_cache: bool | str = True,
         timeout: int = 60,
+        *,
+        drain: str | None = None,
+        drain_timeout_s: float | None = None,
     ) -> dict[str, Any]:
         """Asks the deployment to load a snapshot; the load goes on in the background.
+
+        Completions that still run after `drain_timeout_s` seconds (None: 90) go on in place under the new
+        weights, each token labelled with its own (`SampledCompletion.weights_spans`); `drain="strict"` makes
+        the load fail instead. `reset_prompt_cache` may also be `all`, `new_session` or `none`.
 
         httpx.HTTPStatusError when the snapshot is unknown; the old weights keep serving.
         `timeout` is of the request, in seconds.
         """
         body: Json = {"identity": snapshot_identity, "reset_prompt_cache": reset_prompt_cache}
+        drains = {"drain": drain, "drain_timeout_s": drain_timeout_s}
+        body |= {name: value for name, value in drains.items() if value is not None}
         if incremental_snapshot_metadata is not None:
             body["incremental_snapshot_metadata"] = incremental_snapshot_metadata
         return self._connection.call(

@@ -245,9 +245,12 @@ class DeploymentSampler:
         streamed = await self._stream_within_window(body)
         weights = weights_of(streamed.response, streamed.weights_header)
         check_identity(weights, expect_identity)
-        return completion_of(
+        completion = completion_of(
             streamed.response, prompt, weights=weights, num_echoed=_num_echoed(prompt, extra)
         )
+        for span in completion.weights_spans or []:
+            check_identity(span.weights, expect_identity)
+        return completion
 
     async def _stream_within_window(self, body: bytes) -> _Streamed:
         await self._window.acquire()

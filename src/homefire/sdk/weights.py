@@ -27,6 +27,15 @@ class WeightsIdentity:
         return cls(match["identity"], match["digest"] or "") if match else None
 
 
+@dataclass(frozen=True)
+class WeightsSpan:
+    """Tokens `start` to before `end` of a completion, all drawn by one version of the weights."""
+
+    start: int
+    end: int
+    weights: WeightsIdentity
+
+
 def check_identity(weights: WeightsIdentity | None, expected: str | None) -> None:
     """WeightsMismatch unless `expected` is None or the identity that made the completion."""
     if expected is None:

@@ -5,7 +5,8 @@ the same answers. `logprobs` chooses its own shape by its type, as Fireworks doe
 `{"content": [one entry per token]}`, an integer the older `{"tokens", "token_logprobs", …}`.
 
 Beside the protocol every answer carries `homefire.weights`, the identity and digest of the weights that
-made it: in a stream in the final chunk of the response.
+made it: in a stream in the final chunk of the response. Where the weights changed in place meanwhile,
+`homefire.spans` says which tokens each version drew, and each chunk's `model` names its own.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """What both kinds of request have. Null means the default."""
 
     model: str = ""
+    expect_identity: str | None = None
+    """Only these weights may answer, from the first token to the last; as `model` does after its `@`."""
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     temperature: float | None = None
@@ -108,6 +111,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """vLLM's tokens in, tokens out: `{"model", "token_ids", "sampling_params": {"max_tokens": 6}}`."""
 
     model: str = ""
+    expect_identity: str | None = None
     token_ids: list[int]
     sampling_params: dict[str, Any] = {}
     """The same names as in a completion. `logprobs` counts alternatives."""
@@ -137,6 +141,7 @@ def as_completion(request: GenerateRequest) -> dict[str, Any]:
     return {
         **params,
         "model": request.model,
+        "expect_identity": request.expect_identity,
         "prompt": request.token_ids,
         "logprobs": num_alternatives is not None,
         "top_logprobs": num_alternatives,
@@ -299,8 +304,21 @@ class WeightsInfo(msgspec.Struct, frozen=True):
     digest: str
 
 
+class WeightsSpan(msgspec.Struct, frozen=True):
+    """Tokens `start` to before `end` of a choice's completion, drawn by one version of the weights."""
+
+    start: int
+    end: int
+    identity: str
+    digest: str
+
+
 class HomefireInfo(msgspec.Struct, frozen=True):
     weights: WeightsInfo
+    """That the answer began with."""
+    spans: list[list[WeightsSpan]] | UnsetType = UNSET
+    """Per choice, without a gap; only where weights changed in place while it ran. Without it every
+    token is of `weights`."""
 
 
 PerfMetrics = dict[str, float | int]

@@ -37,6 +37,7 @@
     └── ServerError                  the request was fine, we were not
         ├── EngineFailed             the engine died or broke on this operation
         ├── DigestMismatch           bytes do not hash to what their manifest says
+        │   └── CanaryMismatch       loaded weights do not answer as their manifest says
         ├── ReplayDivergence         a replayed result differs from the journaled one
         ├── HotLoadFailed            the replica kept its old weights
         ├── StorageFailed            the disk refused a write
@@ -268,6 +269,10 @@ class EngineFailed(ServerError):
 class DigestMismatch(ServerError):
     code = "digest_mismatch"
     grpc_code = 15
+
+
+class CanaryMismatch(DigestMismatch):
+    code = "canary_mismatch"
 
 
 class ReplayDivergence(ServerError):

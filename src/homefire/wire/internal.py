@@ -112,12 +112,45 @@ class HotLoadStage(StrEnum):
     """The last load failed; the old weights still serve."""
 
 
+class CanaryVerdict(StrEnum):
+    """What scoring a fixed text said of loaded weights; see `homefire.checkpoints.canary`."""
+
+    PASS = "pass"
+    """They answer as their manifest says, and as the weights before them do not."""
+    INCONCLUSIVE = "inconclusive"
+    """They answer as their manifest says, but so nearly would the weights before them."""
+    MISMATCH = "mismatch"
+    """They answer otherwise. They were not served."""
+    ABSENT = "absent"
+    """Their manifest has no canary: the base model, a merged or an older snapshot."""
+
+
 class SnapshotLocation(msgspec.Struct, frozen=True):
     """Which bucket of the store an identity is looked up in."""
 
     account: str
     job: str
     slot: str = POLICY_SLOT
+
+
+class Transition(StrEnum):
+    """What a change of weights does to requests, of which some run and some come."""
+
+    DRAIN = "DRAIN"
+    """What runs ends on the old weights; what comes waits for the new ones."""
+    SYNC = "SYNC"
+    """What runs ends on the old weights; what comes is refused (425) until the new ones serve."""
+    ASYNC = "ASYNC"
+    """What runs goes on in place under the new weights, each token named; what comes finds them."""
+
+
+class Drain(StrEnum):
+    """What happens when running requests take longer than the drain has time."""
+
+    BOUNDED = "bounded"
+    """They go on in place under the new weights, each token named, and the ledger counts them."""
+    STRICT = "strict"
+    """The load fails, and they end on the old weights."""
 
 
 class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,7 +162,10 @@ class HotLoadRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the snapshot's weights must hash to; empty: what its manifest says."""
     reset_prompt_cache: bool = True
     """Free what is cached of prompts. It is never used under other weights than it was made with."""
-    transition: str = "DRAIN"
+    transition: Transition = Transition.DRAIN
+    drain: Drain = Drain.BOUNDED
+    drain_timeout_s: float | None = None
+    """None: the replica's own."""
 
 
 class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,7 +180,14 @@ class LedgerEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Reading, applying and verifying, while the old weights serve."""
     drain_ms: float = 0.0
     """Waiting for running sequences, while new ones wait."""
+    canary: CanaryVerdict = CanaryVerdict.ABSENT
+    num_stragglers: int = 0
+    """Sequences that had begun on the weights before and went on under these."""
+    reseeded: bool = False
+    """Read again whole, from its base in the store, after what was applied to the held weights was wrong."""
     error: str = ""
+    error_code: str = ""
+    """Of the tree in `errors.py`, e.g. `canary_mismatch`."""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,10 +199,15 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The snapshot served; None while it is the base model."""
     digest: str
     """Digest of the weights in memory."""
+    canary: CanaryVerdict = CanaryVerdict.ABSENT
+    """What the canary said of them when they were loaded."""
+    attested_by: str = ""
+    """What the digest was taken of, e.g. `memory`."""
     stage: HotLoadStage = HotLoadStage.IDLE
     target: str | None = None
     """The identity being loaded, or whose load failed."""
     error: str = ""
+    error_code: str = ""
     running: int = 0
     queued: int = 0
     num_asked: int = 0

@@ -63,6 +63,21 @@ class LoraManifest(msgspec.Struct, frozen=True):
     train_unembed: bool = True
 
 
+class Canary(msgspec.Struct, frozen=True):
+    """What the engine that wrote a snapshot gives a fixed text, for whoever loads it to compare.
+
+    Example: Canary([11, 305, 21], [-5.77, -5.81], [-5.77, -5.8], "float32").
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of every token but the first, under the snapshot."""
+    parent_logprobs: tuple[float, ...] | None
+    """The same under the snapshot that was saved before it in its slot, at first the base model."""
+    compute_dtype: str
+    """What they were computed in, e.g. `float32`."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     format: int = MANIFEST_FORMAT
     identity: str
@@ -85,6 +100,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     num_changed: int = 0
     num_elements: int = 0
     lora: LoraManifest | None = None
+    canary: Canary | None = None
+    """None for what nobody computed with when it was saved: a merged model, a training state."""
     expires_at: float | None = None
     """Unix time in seconds. Like `public` and `pinned` it may change after the commit; nothing else does."""
     metadata: dict[str, str] = {}

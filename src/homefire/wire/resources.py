@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from homefire.wire.internal import CanaryVerdict, Drain
 from homefire.wire.retention import RetentionPolicy
 from homefire.wire.specs import TrainerMode
 
@@ -430,7 +431,11 @@ class HotLoadSignal(msgspec.Struct, frozen=True, kw_only=True):
     identity: str | None = None
     """A sampler snapshot; null goes back to the base model."""
     reset_prompt_cache: bool | str = True
-    """A boolean, or `all`, `new_session`, `none`. All do the same: no prompt is cached over a swap."""
+    """True and `all` free what is cached of prompts; false, `new_session` and `none` keep it for the weights
+    that computed it, should they serve again. No prompt is ever continued under other weights."""
+    drain: Drain = Drain.BOUNDED
+    drain_timeout_s: float | None = None
+    """Null: the replica's own, 90 s. The hosted header `x-fireworks-hot-load-drain-timeout` means the same."""
 
 
 class LoadingState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -439,12 +444,24 @@ class LoadingState(msgspec.Struct, frozen=True, omit_defaults=True):
     target_snapshot_identity: str | None = None
     error: str = ""
     """Why the target could not be loaded. Ours: the hosted protocol gives no reason."""
+    error_code: str = ""
+    """Its name, e.g. `canary_mismatch`."""
+
+
+class ServedState(msgspec.Struct, frozen=True):
+    """Ours: how far what a replica serves is proven."""
+
+    digest: str
+    canary: CanaryVerdict
+    attested_by: str
+    """What the digest was taken of: `memory`."""
 
 
 class LoadedReplica(msgspec.Struct, frozen=True):
     current_snapshot_identity: str | None
     readiness: bool
     loading_state: LoadingState
+    homefire: ServedState
 
 
 class HotLoadStatus(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 
 import httpx
@@ -51,6 +52,8 @@ class LongCompletion(threading.Thread):
         self.runs = threading.Event()
         self.weights = ""
         self.chunks = 0
+        self.models: list[str] = []
+        self.spans: list = []
         self.start()
         self.runs.wait(60.0)
 
@@ -66,7 +69,15 @@ class LongCompletion(threading.Thread):
             self.weights = weights(response)
             for line in response.iter_lines():
                 self.runs.set()
-                self.chunks += line.startswith("data: {")
+                if line.startswith("data: {"):
+                    self.take(json.loads(line.removeprefix("data: ")))
+
+    def take(self, chunk: dict) -> None:
+        self.chunks += 1
+        identity = chunk["model"].rpartition("@")[2]
+        if identity not in self.models:
+            self.models.append(identity)
+        self.spans = chunk.get("homefire", {}).get("spans", self.spans)
 
 
 def swap_under(transition: str, name: str, sample) -> dict:
@@ -85,6 +96,8 @@ def swap_under(transition: str, name: str, sample) -> dict:
         "before": before,
         "saved": saved,
         "long": long.weights,
+        "models": long.models,
+        "spans": [[span["identity"] for span in choice] for choice in long.spans],
         "streamed": long.chunks > 1,
         "seen": seen,
     }
@@ -151,7 +164,7 @@ def sync_with_the_sampler():
 
 @found.step
 def asynchronous():
-    """New requests wait for the new weights, and none is refused."""
+    """What runs goes on in place, each chunk with the name of its weights, and nothing is refused."""
 
     def sample(saved: str) -> list:
         statuses = []

@@ -8,7 +8,13 @@ import pytest
 
 from homefire.checkpoints import CheckpointKey
 from homefire.foundation.events import EventLog
-from homefire.wire.internal import HotLoadRequest, HotLoadStage, SnapshotLocation
+from homefire.wire.internal import (
+    CanaryVerdict,
+    HotLoadRequest,
+    HotLoadStage,
+    SnapshotLocation,
+    Transition,
+)
 
 PATH = "/hot_load/v1/models/hot_load"
 HEADERS = {
@@ -48,7 +54,7 @@ async def test_a_replica_is_told_where_the_snapshot_lies(bench: Any, serving: An
             location=SnapshotLocation("local", "j1"),
             digest=bench.store.list("local", "j1")[0].digest,
             reset_prompt_cache=False,
-            transition="DRAIN",
+            transition=Transition.DRAIN,
         )
     ]
 
@@ -94,7 +100,13 @@ async def test_a_failed_load_ends_in_an_error_for_that_snapshot_and_can_be_tried
 ) -> None:
     replica = bench.replica()
     replica.on_load = lambda asked: replica.say(
-        stage=HotLoadStage.ERROR, target=asked.identity, error="damaged"
+        stage=HotLoadStage.ERROR,
+        target=asked.identity,
+        error="damaged",
+        error_code="digest_mismatch",
+        digest="d0",
+        canary=CanaryVerdict.PASS,
+        attested_by="memory",
     )
     await load(serving, "step_1")
     (shown,) = (await status(serving))["replicas"]
@@ -105,7 +117,9 @@ async def test_a_failed_load_ends_in_an_error_for_that_snapshot_and_can_be_tried
             "stage": "error",
             "target_snapshot_identity": "step_1",
             "error": "damaged",
+            "error_code": "digest_mismatch",
         },
+        "homefire": {"digest": "d0", "canary": "pass", "attested_by": "memory"},
     }
     assert serving.plane.routes.get().deployments["local/d1"].replicas
     report = await serving.call("GET", "/v1/homefire/status")
@@ -257,6 +271,50 @@ async def test_the_deployments_transition_goes_with_the_signal(
     assert bench.replica().loads[-1].reset_prompt_cache is False
 
 
+@pytest.mark.parametrize(
+    ("signal", "headers", "told"),
+    [
+        ({}, {}, ("bounded", None)),
+        ({"drain": "strict", "drain_timeout_s": 5}, {}, ("strict", 5.0)),
+        ({}, {"x-fireworks-hot-load-drain-timeout": "7"}, ("bounded", 7.0)),
+        ({"drain_timeout_s": 5}, {"x-fireworks-hot-load-drain-timeout": "7"}, ("bounded", 5.0)),
+    ],
+)
+async def test_how_a_drain_ends_goes_with_the_signal(
+    bench: Any, serving: Any, signal: Any, headers: Any, told: Any
+) -> None:
+    await serving.call("POST", PATH, {"identity": "step_1", **signal}, headers=HEADERS | headers)
+    await status(serving)
+    asked = bench.replica().loads[-1]
+    assert (asked.drain, asked.drain_timeout_s) == told
+
+
+@pytest.mark.parametrize(
+    ("signal", "headers", "field"),
+    [
+        ({"drain": "never"}, {}, "drain"),
+        ({"drain": "strict"}, {}, "drain"),
+        ({"drain_timeout_s": -1}, {}, "drain_timeout_s"),
+        ({"drain_timeout_s": 1e9}, {}, "drain_timeout_s"),
+        ({}, {"x-fireworks-hot-load-drain-timeout": "nan"}, "x-fireworks-hot-load-drain-timeout"),
+        ({}, {"x-fireworks-hot-load-drain-timeout": "soon"}, "x-fireworks-hot-load-drain-timeout"),
+    ],
+)
+async def test_a_drain_that_makes_no_sense_is_refused_by_field(
+    bench: Any, serving: Any, signal: Any, headers: Any, field: str
+) -> None:
+    await serving.call(
+        "PATCH",
+        "/v1/accounts/local/deployments/d1?updateMask=hot_load_transition_type",
+        {"hotLoadTransitionType": "ASYNC"},
+    )
+    refused = await serving.call(
+        "POST", PATH, {"identity": "step_1", **signal}, headers=HEADERS | headers, expect=400
+    )
+    assert field in (refused["error"]["param"] or refused["error"]["message"])
+    assert not bench.replica().loads
+
+
 async def test_a_deployment_that_never_existed_is_a_400_by_name(serving: Any) -> None:
     headers = {"fireworks-deployment": "accounts/local/deployments/nope"}
     for method in ("GET", "POST"):
@@ -315,7 +373,7 @@ async def test_the_ledger_is_what_replicas_wrote_and_can_be_cleared(
     assert (await serving.call("GET", path))["entries"] == []
 
 
-async def test_a_reply_holds_what_the_client_reads_and_nothing_else(serving: Any) -> None:
+async def test_a_reply_holds_what_the_client_reads_and_how_far_it_is_proven(serving: Any) -> None:
     await load(serving, "step_1")
     reply = await status(serving)
     assert set(reply) == {"replicas"}
@@ -324,6 +382,7 @@ async def test_a_reply_holds_what_the_client_reads_and_nothing_else(serving: Any
         "current_snapshot_identity",
         "readiness",
         "loading_state",
+        "homefire",
     }
 
 

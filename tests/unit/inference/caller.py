@@ -107,17 +107,21 @@ class Caller:
             return status
 
     async def hot_load(
-        self, identity: str | None, *, reset_prompt_cache: bool = True
+        self, identity: str | None, *, reset_prompt_cache: bool = True, **options: Any
     ) -> ReplicaStatus:
         """Requests it and waits for how it ends."""
-        location = None if identity is None else msgspec.to_builtins(LOCATION)
-        body = {
-            "identity": identity,
-            "location": location,
-            "reset_prompt_cache": reset_prompt_cache,
-        }
-        assert (await self.post("/internal/hot_load", body)).status == 202
+        await self.begin_hot_load(identity, reset_prompt_cache=reset_prompt_cache, **options)
         return await self.wait(lambda s: s.stage in {HotLoadStage.IDLE, HotLoadStage.ERROR})
+
+    async def begin_hot_load(self, identity: str | None, **options: Any) -> None:
+        location = None if identity is None else msgspec.to_builtins(LOCATION)
+        body = {"identity": identity, "location": location, **options}
+        assert (await self.post("/internal/hot_load", body)).status == 202
+
+    async def until_running(self) -> None:
+        async with asyncio.timeout(20):
+            while not (await self.status()).running:
+                await asyncio.sleep(0)
 
     async def until_idle(self) -> None:
         """Until the engine holds nothing; each turn lets its messages in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from homefire.checkpoints import (
     write_delta,
     write_lora,
 )
-from homefire.inference.engine.fake import LORA_A, LORA_B
+from homefire.checkpoints.canary import canary_tokens
+from homefire.inference.engine.fake import LORA_A, LORA_B, log_softmax
 from homefire.inference.engine.protocol import Sampling, ServedWeights, WeightSet
 from homefire.model import bigram
 from homefire.wire.ids import Identity
 from homefire.wire.internal import SnapshotLocation
-from homefire.wire.manifest import CheckpointKind, LoraManifest, whole_digest
+from homefire.wire.manifest import Canary, CheckpointKind, LoraManifest, whole_digest
 from homefire.wire.tensors import RawTensor, digest_tensors
 
 GREEDY = Sampling(temperature=0.0)
@@ -37,10 +39,29 @@ def canary_tensors(token: int, vocab_size: int = 320) -> dict[str, RawTensor]:
     return {bigram.TENSOR: bigram.to_raw(weight)}
 
 
-def canary_set(token: int, vocab_size: int = 320) -> WeightSet:
+def canary_set(token: int, vocab_size: int = 320, canary: Canary | None = None) -> WeightSet:
     tensors = canary_tensors(token, vocab_size)
     served = ServedWeights(Identity(f"canary-{token}"), whole_digest(digest_tensors(tensors)))
-    return WeightSet(served, CheckpointKind.BASE, tensors)
+    return WeightSet(served, CheckpointKind.BASE, tensors, canary=canary)
+
+
+def canary_of(token: int, *, parent: int | None, vocab_size: int = 320) -> Canary:
+    """What the manifest of `canary_tensors(token)` says, saved after those of `parent`."""
+    tokens = canary_tokens(vocab_size, 1 << 20)
+    return Canary(
+        tokens,
+        table_logprobs(canary_tensors(token, vocab_size), tokens),
+        None if parent is None else table_logprobs(canary_tensors(parent, vocab_size), tokens),
+        "float32",
+    )
+
+
+def table_logprobs(tensors: dict[str, RawTensor], tokens: tuple[int, ...]) -> tuple[float, ...]:
+    table = bigram.from_raw(tensors[bigram.TENSOR])
+    return tuple(
+        float(log_softmax(table[before].astype(np.float64))[token])
+        for before, token in pairwise(tokens)
+    )
 
 
 def canary_adapter(token: int, vocab_size: int = 320) -> WeightSet:
@@ -72,11 +93,11 @@ class Snapshots:
     def run_key(self, run: str, name: str) -> CheckpointKey:
         return CheckpointKey("local", "job-1", run, CheckpointFamily.SAMPLER, name)
 
-    def base(self, token: int) -> str:
+    def base(self, token: int, canary: Canary | None = None) -> str:
         key = self.key(f"step-{token}")
         tensors = canary_tensors(token)
         self.written[token] = write_base(
-            self.store, key, tensors, _info(token), model_files=self.model_files
+            self.store, key, tensors, _info(token, canary), model_files=self.model_files
         )
         return key.name
 
@@ -106,7 +127,12 @@ class Snapshots:
         return key.name
 
 
-def _info(step: int) -> SnapshotInfo:
+def _info(step: int, canary: Canary | None = None) -> SnapshotInfo:
     return SnapshotInfo(
-        step=step, base_model="tiny", created_at=float(step), metadata={}, expires_at=None
+        step=step,
+        base_model="tiny",
+        created_at=float(step),
+        metadata={},
+        expires_at=None,
+        canary=canary,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from homefire.launch import ProcessRecord
-from homefire.wire.internal import SnapshotLocation
+from homefire.wire.internal import Drain, SnapshotLocation, Transition
 from homefire.wire.resources import (
     DeploymentState,
     JobState,
@@ -131,7 +131,9 @@ class DesiredWeights(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """Of the snapshot's weights by its manifest: two jobs may use one identity. Empty for the base."""
     reset_prompt_cache: bool = True
-    transition: str = "DRAIN"
+    transition: Transition = Transition.DRAIN
+    drain: Drain = Drain.BOUNDED
+    drain_timeout_s: float | None = None
     generation: int = 0
     """Counts hot-load signals, so that asking again for a failed snapshot tries again."""
 

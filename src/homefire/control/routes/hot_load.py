@@ -7,13 +7,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from homefire.control.endpoints import Endpoint
-from homefire.control.hot_loads import hot_load_status
+from homefire.control.hot_loads import check_drain_timeout, hot_load_status
 from homefire.control.plane import ControlPlane
 from homefire.http.app import account_of
 from homefire.http.bodies import json_response, read_json
+from homefire.wire.errors import InvalidArgument
 from homefire.wire.resources import HotLoadSignal, HotLoadStatus
 
 DEPLOYMENT_HEADER = "fireworks-deployment"
+DRAIN_HEADER = "x-fireworks-hot-load-drain-timeout"
 _PATH = "/hot_load/v1/models/hot_load"
 _HEADERS = (DEPLOYMENT_HEADER, "fireworks-model")
 
@@ -25,7 +27,7 @@ class HotLoadAccepted(msgspec.Struct, frozen=True):
 
 async def signal(plane: ControlPlane, request: Request) -> Response:
     """Answers at once; the replicas load in the background."""
-    asked = await read_json(request, HotLoadSignal)
+    asked = _with_header(await read_json(request, HotLoadSignal), request)
     await plane.hot_loads.signal(account_of(request), _deployment(request), asked)
     return json_response(HotLoadAccepted(identity=asked.identity))
 
@@ -34,6 +36,21 @@ async def status(plane: ControlPlane, request: Request) -> Response:
     """Held while a load is in progress."""
     view = await plane.held_hot_load(account_of(request), _deployment(request))
     return json_response(hot_load_status(view.row, view.seen))
+
+
+def _with_header(asked: HotLoadSignal, request: Request) -> HotLoadSignal:
+    """The hosted protocol has the drain's time in a header; the body's field wins."""
+    text = request.headers.get(DRAIN_HEADER)
+    if text is None or asked.drain_timeout_s is not None:
+        return asked
+    try:
+        seconds = float(text)
+    except ValueError as exc:
+        raise InvalidArgument(
+            f"{DRAIN_HEADER} {text!r} is not a number of seconds", field=DRAIN_HEADER
+        ) from exc
+    check_drain_timeout(seconds, field=DRAIN_HEADER)
+    return msgspec.structs.replace(asked, drain_timeout_s=seconds)
 
 
 def _deployment(request: Request) -> str:
@@ -48,7 +65,7 @@ ENDPOINTS = [
         "Serve this snapshot from now on",
         HotLoadAccepted,
         HotLoadSignal,
-        headers=_HEADERS,
+        headers=(*_HEADERS, DRAIN_HEADER),
     ),
     Endpoint(
         "GET",

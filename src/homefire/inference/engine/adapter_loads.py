@@ -9,8 +9,10 @@ from concurrent.futures import Future
 
 from homefire.inference.engine.adapter_table import AdapterLimits, AdapterTable
 from homefire.inference.engine.network import Network
+from homefire.inference.engine.proof import prove
 from homefire.inference.engine.protocol import ServedWeights, WeightSet
-from homefire.wire.errors import DigestMismatch, EngineFailed, HomefireError
+from homefire.wire.errors import CanaryMismatch, DigestMismatch, EngineFailed, HomefireError
+from homefire.wire.manifest import Canary
 
 log = logging.getLogger(__name__)
 InUse = Callable[[], frozenset[ServedWeights]]
@@ -23,10 +25,28 @@ class AdapterLoads:
         self.table = AdapterTable(limits)
         self._network = network
         self._waiting: deque[tuple[WeightSet, Future[None]]] = deque()
+        self._unproven: dict[ServedWeights, Canary] = {}
+        self._refused: dict[ServedWeights, CanaryMismatch] = {}
+        """Resident for those who hold them, and never computed with."""
 
     def request(self, weights: WeightSet, done: Future[None]) -> None:
         """`done` hears when it is resident and held; a wait can be cancelled."""
         self._waiting.append((weights, done))
+
+    def hold(self, adapter: ServedWeights) -> bool:
+        """False when it is not resident, or has to be loaded again."""
+        return adapter not in self._refused and self.table.hold(adapter)
+
+    def refusal_of(self, adapter: ServedWeights) -> CanaryMismatch | None:
+        """Scores its canary when it is first wanted: until then others than the base model may serve."""
+        canary = self._unproven.pop(adapter, None)
+        if canary is not None:
+            try:
+                prove(self._network, canary, name=adapter.name, adapter=adapter)
+            except CanaryMismatch as mismatch:
+                log.error("adapter %s is refused: %s", adapter.name, mismatch)
+                self._refused[adapter] = mismatch
+        return self._refused.get(adapter)
 
     def advance(self, in_use: InUse) -> None:
         """Loads what there is room for, in the order of the requests."""
@@ -52,7 +72,7 @@ class AdapterLoads:
             evicted = self.table.evict_idle(in_use())
             if evicted is None:
                 return False
-            self._network.drop_adapter(evicted)
+            self._drop(evicted)
             log.info("adapter %s was evicted", evicted.name)
         return True
 
@@ -71,15 +91,30 @@ class AdapterLoads:
 
     def _load(self, weights: WeightSet) -> None:
         adapter = weights.served
-        if self.table.hold(adapter):
+        if self.hold(adapter):
             return
         self.table.check_fits(adapter, weights.size_bytes)
+        self._put_in_place(weights)
+        if not self.table.hold(adapter):
+            self.table.add(adapter, weights.size_bytes)
+
+    def _put_in_place(self, weights: WeightSet) -> None:
+        """Over what was refused, if it is still held."""
+        adapter = weights.served
         digest = self._network.add_adapter(weights)
         if digest != adapter.digest:
-            self._network.drop_adapter(adapter)
+            if adapter not in self.table:
+                self._network.drop_adapter(adapter)
             raise DigestMismatch(
                 f"adapter {adapter.name!r} should have digest {adapter.digest[:16]}…, what is in"
                 f" memory has {digest[:16]}…",
                 hint="it is not served; save the snapshot again",
             )
-        self.table.add(adapter, weights.size_bytes)
+        self._refused.pop(adapter, None)
+        if weights.canary is not None:
+            self._unproven[adapter] = weights.canary
+
+    def _drop(self, adapter: ServedWeights) -> None:
+        self._network.drop_adapter(adapter)
+        self._unproven.pop(adapter, None)
+        self._refused.pop(adapter, None)

@@ -18,6 +18,7 @@ from homefire.inference.engine.protocol import (
     Publish,
     SequenceRequest,
     ServedWeights,
+    Stragglers,
     Swapped,
     Ticket,
     WeightSet,
@@ -65,6 +66,10 @@ class ContinuousEngine:
     def max_context_length(self) -> int:
         return self._network.max_context_length
 
+    @property
+    def attested_by(self) -> str:
+        return "memory"
+
     def submit(
         self,
         sequences: Sequence[SequenceRequest],
@@ -87,7 +92,12 @@ class ContinuousEngine:
             self._send(lambda: self._scheduler.cancel(ticket))
 
     def swap_weights(
-        self, weights: WeightSet, *, drain_timeout_s: float, reset_prompt_cache: bool = True
+        self,
+        weights: WeightSet,
+        *,
+        drain_timeout_s: float,
+        stragglers: Stragglers = Stragglers.FAIL_SWAP,
+        reset_prompt_cache: bool = True,
     ) -> Future[Swapped]:
         done: Future[Swapped] = Future()
         self._send(
@@ -95,13 +105,14 @@ class ContinuousEngine:
                 weights,
                 drain_timeout_s=drain_timeout_s,
                 done=done,
+                stragglers=stragglers,
                 reset_prompt_cache=reset_prompt_cache,
             )
         )
         return done
 
     def hold_adapter(self, adapter: ServedWeights) -> bool:
-        return self._scheduler.adapters.table.hold(adapter)
+        return self._scheduler.adapters.hold(adapter)
 
     def load_adapter(self, weights: WeightSet) -> Future[None]:
         done: Future[None] = Future()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.inference.engine.adapted_layers import AdaptedLayers, Segments, segments
-from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow, PromptScore
+from homefire.inference.engine.network import Adapter, PrefillResult, PrefillRow
 from homefire.inference.engine.passes import open_passes
 from homefire.inference.engine.prompt_scoring import score_prompt
 from homefire.inference.engine.protocol import ServedWeights, WeightSet
@@ -29,7 +29,7 @@ from homefire.model.tensors import (
     raw,
     serving_tensors,
 )
-from homefire.wire.errors import InvalidArgument
+from homefire.wire.errors import DigestMismatch, InvalidArgument
 from homefire.wire.manifest import CheckpointKind, whole_digest
 from homefire.wire.tensors import RawTensor, digest_tensors
 
@@ -79,6 +79,10 @@ class EmbeddedNetwork:
         return self._model.vocab_size
 
     @property
+    def compute_dtype(self) -> str:
+        return str(self._model.head_weight.dtype).removeprefix("torch.")
+
+    @property
     def max_context_length(self) -> int:
         return self._max_context_length
 
@@ -91,17 +95,17 @@ class EmbeddedNetwork:
         hidden_TH = self._passes.prefill(rows, adapters)
         self._decoding = ((), ())
         last = torch.tensor(lengths).cumsum(0) - 1
-        row_by_slot = _row_by_slot(rows)
-        if not len(row_by_slot):
-            return PrefillResult(NO_DRAWS, [PromptScore() for _ in rows])
-        ends = segments([adapters[row] for row in row_by_slot.tolist()])
-        logits_BV = self._logits(hidden_TH[last[row_by_slot]], ends)
         scores = [
             score_prompt(row, self._row_logits(hidden_TH[end - length : end], row.start, adapter))
             for row, adapter, length, end in zip(
                 rows, adapters, lengths, (last + 1).tolist(), strict=True
             )
         ]
+        row_by_slot = _row_by_slot(rows)
+        if not len(row_by_slot):
+            return PrefillResult(NO_DRAWS, scores)
+        ends = segments([adapters[row] for row in row_by_slot.tolist()])
+        logits_BV = self._logits(hidden_TH[last[row_by_slot]], ends)
         return PrefillResult(sample(logits_BV, plan, uniforms), scores)
 
     @torch.inference_mode()
@@ -132,15 +136,16 @@ class EmbeddedNetwork:
         tensors = dict(weights.tensors)
         own_head = self._head.take_own(tensors)
         load_serving_tensors(self._model, tensors)
-        self._installed = None
+        self._use_adapter(None)
         self._is_base = weights.served.identity is None
         self._head.refresh(own_head)
+        self._head.verify()
         return memory_digest(self._model, self._head.own_tensors())
 
     def add_adapter(self, weights: WeightSet) -> str:
         adapter = self._read_adapter(weights)
         self._resident[weights.served] = adapter
-        return _adapter_digest(adapter)
+        return _adapter_digest(adapter, weights)
 
     def drop_adapter(self, adapter: ServedWeights) -> None:
         del self._resident[adapter]
@@ -159,8 +164,14 @@ class EmbeddedNetwork:
         adapter = self._read_adapter(weights)
         if not self._is_base:
             self.install(self.base_weights())
+        self._use_adapter(adapter)
+        return _adapter_digest(adapter, weights)
+
+    def _use_adapter(self, adapter: lora.LoraAdapter | None) -> None:
+        """Rows that run on must not be routed to the one before it."""
         self._installed = adapter
-        return _adapter_digest(adapter)
+        self._layers.route(())
+        self._decoding = ((), ())
 
     def _read_adapter(self, weights: WeightSet) -> lora.LoraAdapter:
         adapter = _adapter_of(weights, self._model.device)
@@ -217,6 +228,15 @@ class _Head:
                 hint="it belongs to another base model or serving dtype",
             )
         return own
+
+    def verify(self) -> None:
+        """DigestMismatch when a tied head's copy is not the embedding that serves."""
+        if self._copy is None or self._is_own:
+            return
+        if not torch.equal(self._copy, self._model.head_weight):
+            raise DigestMismatch(
+                f"the copy of the tied head {self._name!r} was not made from the weights in memory"
+            )
 
     def own_tensors(self) -> dict[str, RawTensor]:
         """What is in memory of a head that is not tied, in the serving dtype."""
@@ -277,7 +297,14 @@ def _adapter_of(weights: WeightSet, device: torch.device) -> lora.LoraAdapter:
     )
 
 
-def _adapter_digest(adapter: lora.LoraAdapter) -> str:
+def _adapter_digest(adapter: lora.LoraAdapter, weights: WeightSet) -> str:
+    """The scale is no tensor, so no digest covers it."""
+    wanted = weights.lora.alpha / weights.lora.rank if weights.lora is not None else None
+    if adapter.scaling != wanted:
+        raise DigestMismatch(
+            f"adapter {weights.served.name!r} is in memory with scale {adapter.scaling}, not {wanted}",
+            hint="load it again",
+        )
     tensors = {name: raw(tensor) for name, tensor in lora.peft_tensors(adapter).items()}
     return whole_digest(digest_tensors(tensors))
 

@@ -66,6 +66,10 @@ class BigramNetwork:
         return len(self._base)
 
     @property
+    def compute_dtype(self) -> str:
+        return "float64"
+
+    @property
     def max_context_length(self) -> int:
         return self._max_context_length
 

@@ -28,7 +28,7 @@ class PrefillRow:
 
     tokens: tuple[int, ...]
     slots: tuple[int, ...]
-    """None for a beginning whose rest is computed in a later pass."""
+    """None for a beginning whose rest is computed in a later pass, or for a text that is only scored."""
     adapter: Adapter = None
     scoring: PromptScoring | None = None
     start: int = 0
@@ -69,6 +69,11 @@ class Network(Protocol):
     def max_context_length(self) -> int: ...
 
     @property
+    def compute_dtype(self) -> str:
+        """What a pass is computed in, e.g. `float32`."""
+        ...
+
+    @property
     def block_tokens(self) -> int:
         """Tokens of one block of what it keeps beside its slots."""
         ...
@@ -81,8 +86,8 @@ class Network(Protocol):
     def prefill(
         self, rows: Sequence[PrefillRow], plan: SamplingPlan, uniforms: Uniforms
     ) -> PrefillResult:
-        """Blocks are filled before the call returns. The rows' slots follow the running ones without a gap; `plan` is for these slots. Rows of one
-        adapter stand together."""
+        """Blocks are filled before the call returns. The rows' slots follow the running ones without a gap;
+        `plan` is for these slots. Rows of one adapter stand together. A row without slots may be scored."""
         ...
 
     def decode(
@@ -104,9 +109,10 @@ class Network(Protocol):
         ...
 
     def install(self, weights: WeightSet) -> str:
-        """Replaces the weights; returns the digest of what is then in memory.
+        """Replaces the weights, between two steps; returns the digest of what is then in memory.
 
-        Checks names, shapes and dtypes before it changes anything: InvalidArgument. Nothing runs.
+        Checks names, shapes and dtypes before it changes anything: InvalidArgument. DigestMismatch when
+        something that is kept beside the weights is not made from them.
         """
         ...
 

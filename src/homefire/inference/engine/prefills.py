@@ -143,7 +143,7 @@ class Prefills:
     def keep(self, sequence: Sequence, slot: int) -> None:
         """Of a sequence that leaves its slot: for a later turn that goes on from its answer."""
         weights = sequence.generation.weights
-        if weights is None or self._network.num_blocks == 0:
+        if weights is None or sequence.is_mixed or self._network.num_blocks == 0:
             return
         # the last token was drawn, but never fed
         tokens = (*sequence.request.prompt, *sequence.generated[:-1])
@@ -165,6 +165,15 @@ class Prefills:
         else:
             self._cache.release(long.lease)
             self._long = None
+
+    def take_back(self) -> list[Sequence]:
+        """The sequences of a prompt that is half computed, to be admitted again."""
+        if self._long is None:
+            return []
+        sequences = self._long.sequences
+        self._cache.release(self._long.lease)
+        self._long = None
+        return sequences
 
     def forget(self) -> None:
         """Ends all prefills and empties the cache."""

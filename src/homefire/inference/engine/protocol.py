@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from homefire.wire.completions import FinishReason
 from homefire.wire.errors import HomefireError
 from homefire.wire.ids import BASE_IDENTITY, Identity
-from homefire.wire.manifest import CheckpointKind, LoraManifest
+from homefire.wire.internal import CanaryVerdict
+from homefire.wire.manifest import Canary, CheckpointKind, LoraManifest
 from homefire.wire.tensors import RawTensor
 
 Alternatives = list[tuple[int, float]]
@@ -136,6 +138,7 @@ class WeightSet:
     kind: CheckpointKind
     tensors: Mapping[str, RawTensor] = field(repr=False)
     lora: LoraManifest | None = None
+    canary: Canary | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -144,8 +147,8 @@ class WeightSet:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first update, once per generation: its weights are fixed from admission to its end. It
-    comes together with the first tokens."""
+    """The first update, once per generation; it comes together with the first tokens. Its weights are
+    those of all tokens, unless `Sampled` says otherwise after a swap in place."""
 
     weights: ServedWeights
     prefill_queue_s: float
@@ -186,6 +189,8 @@ class Sampled:
     alternatives: list[Alternatives]
     """One per token when they were asked for, else empty."""
     finish: FinishReason | None
+    weights: ServedWeights
+    """That drew these tokens: of two versions come in two updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +228,19 @@ class Load:
 class Swapped:
     drain_ms: float
     apply_ms: float
+    """Verification included."""
+    canary: CanaryVerdict = CanaryVerdict.ABSENT
+    num_stragglers: int = 0
+    """Sequences that had begun under the old weights and go on under the new ones."""
+
+
+class Stragglers(StrEnum):
+    """What becomes of sequences that still run when a drain is out of time."""
+
+    FAIL_SWAP = "fail_swap"
+    """They run on, and the old weights serve on."""
+    GO_ON = "go_on"
+    """They go on in place under the new weights, over what is cached of them; each token names its own."""
 
 
 class InferenceEngine(Protocol):
@@ -235,6 +253,12 @@ class InferenceEngine(Protocol):
 
     @property
     def max_context_length(self) -> int: ...
+
+    @property
+    def attested_by(self) -> str:
+        """What stands behind the digest of what serves: `memory` when it is taken of the weights in place,
+        else e.g. `loaded_bytes+canary`."""
+        ...
 
     def submit(
         self,
@@ -257,15 +281,23 @@ class InferenceEngine(Protocol):
         ...
 
     def swap_weights(
-        self, weights: WeightSet, *, drain_timeout_s: float, reset_prompt_cache: bool = True
+        self,
+        weights: WeightSet,
+        *,
+        drain_timeout_s: float,
+        stragglers: Stragglers = Stragglers.FAIL_SWAP,
+        reset_prompt_cache: bool = True,
     ) -> Future[Swapped]:
-        """Drains, swaps between two steps and verifies the digest of what is then in memory.
+        """Drains, swaps between two steps, and verifies digest and canary of what is then in memory.
 
-        Generations that run finish on the old weights; the others wait for the new ones. Prompts cached
-        under the old weights serve these alone, should they come back, unless `reset_prompt_cache`
-        frees them now. The future
-        raises HotLoadFailed when the drain takes too long, DigestMismatch or InvalidArgument when the
-        weights are not what they should be: then the old ones serve on, untouched or restored.
+        Generations that run finish on the old weights, as far as the drain has time; the others wait for
+        the new ones. Those that were submitted with `weights` of their own never go on under others: they
+        fail with WeightsMismatch instead. Prompts cached under the old weights serve these alone, should
+        they come back, unless `reset_prompt_cache` frees them now.
+
+        The future raises HotLoadFailed when the drain is out of time and nothing may go on, DigestMismatch,
+        CanaryMismatch or InvalidArgument when the weights are not what they should be: then the old ones
+        serve on, untouched or restored.
         """
         ...
 

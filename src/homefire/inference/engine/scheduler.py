@@ -30,23 +30,16 @@ from homefire.inference.engine.protocol import (
     SequenceRequest,
     ServedWeights,
     Started,
+    Stragglers,
     Swapped,
     Update,
     WeightSet,
 )
 from homefire.inference.engine.sampling_plan import SamplingPlan, Uniforms
 from homefire.inference.engine.sequence import Generation, Sequence
-from homefire.inference.engine.swap_gate import SwapGate
+from homefire.inference.engine.weight_swaps import PendingSwap, WeightSwaps
 from homefire.wire.completions import FinishReason
-from homefire.wire.errors import (
-    DigestMismatch,
-    EngineFailed,
-    FailedPrecondition,
-    HomefireError,
-    HotLoadFailed,
-    UserError,
-    WeightsMismatch,
-)
+from homefire.wire.errors import FailedPrecondition, HomefireError, WeightsMismatch
 
 
 @dataclass(frozen=True)
@@ -59,17 +52,6 @@ class SchedulerLimits:
     """Tokens are handed over together, if none has to wait longer than this: one at a time, 64 streams
     at 2 ms a step would be 32,000 chunks a second."""
     adapters: AdapterLimits = field(default_factory=AdapterLimits)
-
-
-@dataclass
-class PendingSwap:
-    weights: WeightSet
-    began_at: float
-    deadline: float
-    done: Future[Swapped]
-    reset_prompt_cache: bool
-    drained_at: float | None = None
-    """From here on the weights in memory may be neither the old nor the new ones."""
 
 
 _LOOK_AHEAD = 64
@@ -85,7 +67,7 @@ class Scheduler:
         self._network = network
         self._limits = limits
         self._clock = clock
-        self._serving = weights
+        self._swaps = WeightSwaps(network, weights, clock)
         self.adapters = AdapterLoads(network, limits.adapters)
         self._waiting: deque[Sequence] = deque()
         """Of generations that have not begun."""
@@ -97,15 +79,13 @@ class Scheduler:
         self._plan: SamplingPlan | None = None
         self._row_adapters: tuple[Adapter, ...] = ()
         """As the plan: of the running batch, the same object until the batch changes."""
-        self._gate = SwapGate()
-        self._swap: PendingSwap | None = None
         self._random = random.Random()
         self._step_s = 0.0
         self._deliveries: list[tuple[Listener, Update]] = []
 
     @property
     def serving(self) -> WeightSet:
-        return self._serving
+        return self._swaps.serving
 
     @property
     def num_running(self) -> int:
@@ -119,9 +99,8 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        return not (
-            self._waiting or self._begun or self._prefills.sequences or self._running or self._swap
-        )
+        has_sequences = self._waiting or self._begun or self.num_running
+        return not (has_sequences or self._swaps.pending)
 
     def submit(self, generation: Generation, sequences: Items[SequenceRequest]) -> None:
         if generation.has_ended:
@@ -143,23 +122,23 @@ class Scheduler:
         *,
         drain_timeout_s: float,
         done: Future[Swapped],
+        stragglers: Stragglers = Stragglers.FAIL_SWAP,
         reset_prompt_cache: bool = True,
     ) -> None:
         """`done` hears how it went; from now on it cannot be cancelled."""
-        if not done.set_running_or_notify_cancel():
-            return
-        if self._swap is not None:
-            done.set_exception(FailedPrecondition("another swap of weights is under way"))
-            return
-        now = self._clock.monotonic()
-        self._swap = PendingSwap(weights, now, now + drain_timeout_s, done, reset_prompt_cache)
-        self._gate.close(now)
+        self._swaps.begin(
+            weights,
+            drain_timeout_s=drain_timeout_s,
+            stragglers=stragglers,
+            reset_prompt_cache=reset_prompt_cache,
+            done=done,
+        )
 
     def step(self) -> list[tuple[Listener, Update]]:
         """One pass over prompts, then one token for every running sequence."""
         self.adapters.advance(self._adapters_in_use)
-        if self._swap is not None:
-            self._advance_swap(self._swap)
+        if self._swaps.pending is not None:
+            self._advance_swap(self._swaps.pending)
         self._admit()
         if (prompts := self._prefills.next_pass(len(self._running))) is not None:
             self._prefill(prompts)
@@ -177,9 +156,7 @@ class Scheduler:
         self._running.clear()
         self._prefills.forget()
         self._plan = None
-        if self._swap is not None and self._swap.drained_at is not None:
-            self._restore()
-            self._finish_swap(self._swap, error)
+        self._swaps.recover(error)
         return self._take_deliveries()
 
     def fail_all(self, error: HomefireError) -> list[tuple[Listener, Update]]:
@@ -188,8 +165,7 @@ class Scheduler:
         self._fail((sequence.generation for sequence in self._all_sequences()), error)
         self._running.clear()
         self._prefills.forget()
-        if self._swap is not None:
-            self._finish_swap(self._swap, error)
+        self._swaps.fail(error)
         return self._take_deliveries()
 
     # admission ------------------------------------------------------------------------------
@@ -202,8 +178,8 @@ class Scheduler:
             if queue is None:
                 break
             generation = queue[0].generation
-            if not self._has_weights_for(generation):
-                self._fail([generation], self._not_served(generation))
+            if (refusal := self._refusal_of(generation)) is not None:
+                self._fail([generation], refusal)
                 continue
             admission = self._prefills.admit(queue[0], *self._weights_of(generation))
             if admission is Admission.FULL:
@@ -222,7 +198,7 @@ class Scheduler:
                 queue.popleft()
         if self._begun:
             return self._begun
-        return self._waiting if self._waiting and not self._gate.is_closed else None
+        return self._waiting if self._waiting and not self._swaps.gate.is_closed else None
 
     def _put_back(self, passed_over: list[Sequence]) -> None:
         for sequence in reversed(passed_over):
@@ -242,27 +218,31 @@ class Scheduler:
         """Fixed, once it has begun."""
         if generation.weights is not None:
             return generation.weights, generation.adapter
-        serving, wanted = self._serving.served, generation.wanted
+        serving, wanted = self.serving.served, generation.wanted
         weights = wanted or serving
         return weights, None if weights == serving else wanted
 
-    def _has_weights_for(self, generation: Generation) -> bool:
-        wanted, serving = generation.wanted, self._serving.served
+    def _refusal_of(self, generation: Generation) -> HomefireError | None:
+        """Why the weights that it wants cannot serve it."""
+        wanted, serving = generation.wanted, self.serving.served
         if generation.weights is not None or wanted is None or wanted == serving:
-            return True
-        return serving.identity is None and wanted in self.adapters.table
+            return None
+        if serving.identity is None and wanted in self.adapters.table:
+            return self.adapters.refusal_of(wanted)
+        return self._not_served(wanted)
 
-    def _not_served(self, generation: Generation) -> WeightsMismatch:
-        wanted = generation.wanted or self._serving.served
+    def _not_served(self, wanted: ServedWeights) -> WeightsMismatch:
+        serving = self.serving.served.name
         return WeightsMismatch(
-            f"{wanted.name!r} was asked for, {self._serving.served.name!r} is served",
-            hint="an adapter must be held, and only the base model serves with adapters",
+            f"{wanted.name!r} was asked for, {serving!r} is served",
+            hint="hot load it first; an adapter must be held, and serves beside the base model only",
+            current=serving,
         )
 
     def _start(self, generation: Generation, now: float) -> None:
         generation.weights, generation.adapter = self._weights_of(generation)
         self._num_queued -= 1
-        swap_wait_s = self._gate.closed_between(generation.arrived_at, now)
+        swap_wait_s = self._swaps.gate.closed_between(generation.arrived_at, now)
         queue_s = max(0.0, now - generation.arrived_at - swap_wait_s)
         generation.started = Started(generation.weights, queue_s, swap_wait_s, self.num_running)
 
@@ -317,10 +297,7 @@ class Scheduler:
         """Tells what would have waited too long by the end of the next step, and what is at its end."""
         now = self._clock.monotonic()
         due = now + self._step_s - self._limits.delivery_interval_s
-        for sequence in sequences:
-            if sequence.finish is not None or sequence.delivered_at <= due:
-                listener = sequence.generation.listener
-                self._deliveries += [(listener, update) for update in sequence.take(now)]
+        self._tell([s for s in sequences if s.finish is not None or s.delivered_at <= due])
         if any(sequence.finish is not None for sequence in sequences):
             self._retire(lambda sequence: sequence.finish is not None)
 
@@ -342,46 +319,46 @@ class Scheduler:
     # weights --------------------------------------------------------------------------------
 
     def _advance_swap(self, swap: PendingSwap) -> None:
-        now = self._clock.monotonic()
         if not self.num_running and self._next_queue() is None:
-            self._apply(swap, now)
-        elif now >= swap.deadline:
-            self._finish_swap(swap, self._drain_timeout(swap, now))
-
-    def _drain_timeout(self, swap: PendingSwap, now: float) -> HotLoadFailed:
-        return HotLoadFailed(
-            f"{self.num_running} sequences still ran after {now - swap.began_at:.0f} s,"
-            f" so {swap.weights.served.name!r} was not loaded",
-            hint="load it again, ask for fewer tokens, or raise drain_timeout_s",
-        )
-
-    def _apply(self, swap: PendingSwap, now: float) -> None:
-        swap.drained_at = now
-        try:
-            digest = self._network.install(swap.weights)
-        except UserError as refusal:  # found before anything was changed
-            self._finish_swap(swap, refusal)
+            if self._swaps.install(swap, num_stragglers=0):
+                self._forget_prompts(swap)
+        elif self._clock.monotonic() < swap.deadline:
             return
-        if digest != swap.weights.served.digest:
-            self._restore()
-            self._finish_swap(swap, _mismatch(swap.weights, digest))
+        elif swap.stragglers is Stragglers.FAIL_SWAP:
+            self._swaps.time_out(swap, self.num_running)
+        else:
+            self._swap_in_place(swap)
+
+    def _swap_in_place(self, swap: PendingSwap) -> None:
+        """Between two tokens of what runs. Tokens that were drawn before are told first, with the weights
+        that drew them."""
+        if self._adapters_in_use():
+            refusal = FailedPrecondition("the base model cannot be replaced below running adapters")
+            self._swaps.finish(swap, refusal)
             return
-        self._serving = swap.weights
+        self._tell(self._running)
+        if self._swaps.install(swap, num_stragglers=self.num_running + len(self._begun)):
+            self._carry_over()
+            self._forget_prompts(swap)
+
+    def _carry_over(self) -> None:
+        """What has begun goes on under the new weights, but what insists on others. A prompt that is half
+        computed begins again: blocks of two versions would be found by others."""
+        served = self.serving.served
+        self._begun.extendleft(reversed(self._prefills.take_back()))
+        begun = {sequence.generation for sequence in (*self._running, *self._begun)}
+        for generation in begun:
+            if generation.wanted is not None:
+                self._fail([generation], self._not_served(generation.wanted))
+        self._retire(lambda sequence: sequence.generation.has_ended)
+        for generation in begun:
+            generation.carry_over(served)
+        for sequence in self._running:
+            sequence.is_mixed = True
+
+    def _forget_prompts(self, swap: PendingSwap) -> None:
         if swap.reset_prompt_cache:
             self._prefills.forget_idle()
-        apply_ms = 1000 * (self._clock.monotonic() - now)
-        self._finish_swap(swap, Swapped(1000 * (now - swap.began_at), apply_ms))
-
-    def _restore(self) -> None:
-        """The base model is not kept beside itself in memory, so it is read from disk again. When this
-        fails nothing may be served any more."""
-        served = self._serving.served
-        old = self._network.base_weights() if served.identity is None else self._serving
-        if self._network.install(old) != served.digest:
-            raise EngineFailed(
-                f"the weights of {served.name!r} could not be restored after a failed swap",
-                hint="restart the replica",
-            )
 
     def _adapters_in_use(self) -> frozenset[ServedWeights]:
         begun = (sequence.generation.adapter for sequence in self._all_sequences())
@@ -390,15 +367,13 @@ class Scheduler:
     def _all_sequences(self) -> Items[Sequence]:
         return (*self._running, *self._prefills.sequences, *self._begun, *self._waiting)
 
-    def _finish_swap(self, swap: PendingSwap, result: Swapped | HomefireError) -> None:
-        self._swap = None
-        self._gate.open(self._clock.monotonic())
-        if isinstance(result, Swapped):
-            swap.done.set_result(result)
-        else:
-            swap.done.set_exception(result)
-
     # telling --------------------------------------------------------------------------------
+
+    def _tell(self, sequences: Iterable[Sequence]) -> None:
+        now = self._clock.monotonic()
+        for sequence in sequences:
+            listener = sequence.generation.listener
+            self._deliveries += [(listener, update) for update in sequence.take(now)]
 
     def _fail(self, generations: Iterable[Generation], error: HomefireError) -> None:
         once = dict.fromkeys(generation for generation in generations if not generation.has_ended)
@@ -415,14 +390,6 @@ class Scheduler:
     def _take_deliveries(self) -> list[tuple[Listener, Update]]:
         deliveries, self._deliveries = self._deliveries, []
         return deliveries
-
-
-def _mismatch(weights: WeightSet, found: str) -> DigestMismatch:
-    return DigestMismatch(
-        f"{weights.served.name!r} should have digest {weights.served.digest[:16]}…,"
-        f" the weights in memory had {found[:16]}…",
-        hint="the old weights were put back; save the snapshot again",
-    )
 
 
 def _plan_for(sequences: list[Sequence]) -> SamplingPlan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from homefire.inference.engine.adjustments import AdjustedTokens
 from homefire.inference.engine.protocol import (
@@ -30,13 +30,19 @@ class Generation(Ticket):
     wanted: ServedWeights | None = None
     """These weights and no others; None: those that serve at admission."""
     weights: ServedWeights | None = None
-    """Fixed when the first sequence is admitted."""
+    """Set when the first sequence is admitted; a swap in place changes them."""
     adapter: ServedWeights | None = None
     """The same, when they are an adapter's."""
     started: Started | None = None
     """Not told yet."""
     has_ended: bool = False
     """Cancelled or failed: what of it still waits is skipped."""
+
+    def carry_over(self, weights: ServedWeights) -> None:
+        """Goes on under other weights; what was drawn before has been told."""
+        self.weights = weights
+        if self.started is not None:
+            self.started = replace(self.started, weights=weights)
 
 
 @dataclass(eq=False)
@@ -54,6 +60,8 @@ class Sequence:
     """When its listener was last told something; at first, when it was admitted."""
     prefilled: Prefilled | None = None
     """Not told yet."""
+    is_mixed: bool = False
+    """What is cached of it was computed under more than one version of the weights."""
     generated: list[int] = field(default_factory=list)
     adjusted: AdjustedTokens | None = field(init=False)
     _tokens: list[int] = field(default_factory=list)
@@ -91,7 +99,10 @@ class Sequence:
         self.delivered_at = now
         return [update for update in news if update is not None]
 
-    def _take_sampled(self) -> Sampled:
+    def _take_sampled(self) -> Sampled | None:
+        weights = self.generation.weights
+        if weights is None or not (self._tokens or self.finish):
+            return None
         update = Sampled(
             index=self.index,
             tokens=self._tokens,
@@ -99,6 +110,7 @@ class Sequence:
             sampling_logprobs=self._sampling_logprobs,
             alternatives=self._alternatives,
             finish=self.finish,
+            weights=weights,
         )
         self._tokens, self._logprobs, self._sampling_logprobs, self._alternatives = [], [], [], []
         return update

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
 from homefire.foundation.clock import Clock
-from homefire.inference.engine.protocol import Prefilled, Sampled, Started
+from homefire.inference.engine.protocol import Prefilled, Sampled, ServedWeights, Started
 from homefire.inference.replica.answers import AnswerFormat, ChoicePart, Closing, Envelope
 from homefire.inference.replica.order import Order
 from homefire.inference.replica.reply import Reply
 from homefire.inference.replica.tokenizer import ModelTokenizer
 from homefire.inference.replica.transcript import Piece
+from homefire.inference.replica.weight_spans import WeightSpans, by_version
 from homefire.wire.completions import (
     ErrorChunk,
     HomefireInfo,
@@ -41,16 +43,20 @@ class Answer:
         answers: AnswerFormat,
         *,
         tokenizer: ModelTokenizer,
+        model_of: Callable[[ServedWeights], str],
         arrived_at: float,
         clock: Clock,
     ) -> None:
+        """`model_of`: what answers of these weights call their model."""
         self._order = order
         self._started = started
         self._envelope = envelope
         self._answers = answers
+        self._model_of = model_of
         self._arrived_at = arrived_at
         self._clock = clock
         self._transcripts = [order.transcript(i, tokenizer) for i in range(order.num_choices)]
+        self._spans = [WeightSpans() for _ in self._transcripts]
         self._num_cached = 0
         self._first_token_at: float | None = None
         self._num_open = order.num_choices
@@ -62,12 +68,16 @@ class Answer:
         return _encode(self._answers.whole(self._envelope, parts, self._closing()))
 
     async def events(self, reply: Reply, *, request_id: str) -> AsyncIterator[tuple[bytes, bool]]:
-        """Server-sent events, and whether they are the last ones; what came together leaves together.
-        An error becomes the last event."""
+        """Server-sent events, and whether they are the last ones; what came together leaves together, but
+        each event names the weights that drew its tokens. An error becomes the last event."""
+        latest = self._started.weights
         try:
             async for updates in reply.batches():
-                if events := self._events(self._take(updates)):
-                    yield events, self._num_open == 0
+                for version, alike in by_version(updates, latest):
+                    latest = version
+                    self._envelope = replace(self._envelope, model=self._model_of(version))
+                    if events := self._events(self._take(alike)):
+                        yield events, self._num_open == 0
         except HomefireError as error:
             yield _event(_error_chunk(error, request_id)), True
 
@@ -104,6 +114,7 @@ class Answer:
     def _take_sampled(self, update: Sampled) -> None:
         if update.finish is not None:
             self._num_open -= 1
+        self._spans[update.index].add(len(update.tokens), update.weights)
         self._transcripts[update.index].add(
             update.tokens,
             update.logprobs,
@@ -147,11 +158,18 @@ class Answer:
         return RawOutput(transcript.tokens, self._order.prompt_of(choice), transcript.text)
 
     def _closing(self) -> Closing:
-        weights = self._started.weights
         return Closing(
             usage=self._usage(),
-            homefire=HomefireInfo(WeightsInfo(weights.name, weights.digest)),
+            homefire=self._homefire(),
             perf_metrics=self._perf_metrics() if self._order.wants_perf_metrics else UNSET,
+        )
+
+    def _homefire(self) -> HomefireInfo:
+        weights = self._started.weights
+        is_plain = all(spans.are_all_of(weights) for spans in self._spans)
+        return HomefireInfo(
+            WeightsInfo(weights.name, weights.digest),
+            UNSET if is_plain else [spans.spans for spans in self._spans],
         )
 
     def _usage(self) -> Usage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -36,13 +37,14 @@ from homefire.wire.completions import (
     as_completion,
     unknown_fields,
 )
-from homefire.wire.errors import Unavailable, WeightsMismatch
+from homefire.wire.errors import CanaryMismatch, Unavailable, WeightsMismatch
 from homefire.wire.internal import WEIGHTS_HEADER
 from homefire.wire.manifest import weights_header
 
 MAX_COMPLETION_BODY_BYTES = 64 << 20
 _ATTEMPTS = 3
 Asked = TypeVar("Asked", CompletionRequest, ChatCompletionRequest, GenerateRequest)
+_Request = CompletionRequest | ChatCompletionRequest
 
 
 class CompletionRoutes:
@@ -54,7 +56,7 @@ class CompletionRoutes:
     async def completions(self, request: Request) -> Response:
         asked, ignored = await _read(request, CompletionRequest)
         order = order_completion(asked, self._replica.tokenizer, self._replica.limits)
-        return await self._answer(request, order, asked.model, ignored, CompletionFormat())
+        return await self._answer(request, order, asked, ignored, CompletionFormat())
 
     async def chat_completions(self, request: Request) -> Response:
         asked, ignored = await _read(request, ChatCompletionRequest)
@@ -63,35 +65,35 @@ class CompletionRoutes:
             raise refuse_without_template(self._replica.spec.model_dir)
         text, unread = render_chat(asked, template)
         order = order_chat(asked, text, self._replica.tokenizer, self._replica.limits)
-        return await self._answer(request, order, asked.model, ignored + unread, ChatFormat())
+        return await self._answer(request, order, asked, ignored + unread, ChatFormat())
 
     async def generate(self, request: Request) -> Response:
         generate, ignored = await _read(request, GenerateRequest)
         body = msgspec.json.encode(as_completion(generate))
         asked, also_ignored = await _decode(body, CompletionRequest)
         order = order_completion(asked, self._replica.tokenizer, self._replica.limits)
-        return await self._answer(
-            request, order, asked.model, ignored + also_ignored, GenerateFormat()
-        )
+        return await self._answer(request, order, asked, ignored + also_ignored, GenerateFormat())
 
     async def _answer(
         self,
         request: Request,
         order: Order,
-        model: str,
+        asked: _Request,
         ignored: list[str],
         answers: AnswerFormat,
     ) -> Response:
         replica, arrived_at = self._replica, self._replica.clock.monotonic()
         replica.num_asked += 1
-        live, started = await self._start(request, order, model)
+        live, started = await self._start(request, order, asked)
+        model_of = partial(name_of, asked.model, replica=replica)
         try:
             answer = Answer(
                 order,
                 started,
-                self._envelope(request, name_of(model, started.weights, replica), answers),
+                self._envelope(request, model_of(started.weights), answers),
                 answers,
                 tokenizer=replica.tokenizer,
+                model_of=model_of,
                 arrived_at=arrived_at,
                 clock=replica.clock,
             )
@@ -107,30 +109,30 @@ class CompletionRoutes:
         return Response(body, media_type="application/json", headers=headers | answer.headers())
 
     async def _start(
-        self, request: Request, order: Order, model: str
+        self, request: Request, order: Order, asked: _Request
     ) -> tuple[LiveGeneration, Started]:
         """A sampler's weights can be changed from outside between a turn and an admission; the request
-        then takes another."""
+        then takes another. So it does after an adapter that did not stand its canary, to load it again."""
         if self._replica.spec.samples_job:
             for _ in range(_ATTEMPTS - 1):
-                with suppress(WeightsMismatch):
-                    return await self._try_to_start(request, order, model)
-        return await self._try_to_start(request, order, model)
+                with suppress(WeightsMismatch, CanaryMismatch):
+                    return await self._try_to_start(request, order, asked)
+        return await self._try_to_start(request, order, asked)
 
     async def _try_to_start(
-        self, request: Request, order: Order, model: str
+        self, request: Request, order: Order, asked: _Request
     ) -> tuple[LiveGeneration, Started]:
         replica = self._replica
         async with AsyncExitStack() as stack:
-            weights = await stack.enter_async_context(weights_of(model, replica))
+            weights = await stack.enter_async_context(
+                weights_of(asked.model, asked.expect_identity, replica)
+            )
             reply = Reply(order.num_choices)
             sequences = order.sequences(replica.tokenizer, replica.limits)
             ticket = replica.engine.submit(sequences, reply, weights=weights)
             live = LiveGeneration(request, reply, replica.engine, ticket)
             try:
                 started = await reply.started()
-                if weights is None:
-                    replica.check_asked(model, started.weights)
             except BaseException:
                 await live.close()
                 raise

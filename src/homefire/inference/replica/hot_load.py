@@ -1,12 +1,13 @@
 """Hot loading: from an identity to weights that serve, in the background, with the old ones serving on.
 
-    idle ──request──▶ loading (read, apply, verify) ──▶ draining (swap between steps) ──▶ idle
-                         └────────── any failure ──────────┴──▶ error (the old weights serve)
+    idle ──request──▶ loading (read, apply, verify) ──▶ draining (swap, verify in place) ──▶ idle
+                       ▲ └────────── any failure ──────────┴──▶ error (the old weights serve)
+                       └── once, from its base: what is in place is not what the manifest says
 
 One load runs at a time. Of the requests that come meanwhile the newest is taken up next; whoever calls
-`load` waits for its own. Every swap drains: running sequences finish on the old weights, and new ones
-wait for the new weights, or are refused in a `SYNC` transition. A prompt cached under one set of weights
-is never used under another: resetting the prompt cache frees memory and changes no number.
+`load` waits for its own. What happens to requests meanwhile is `Transition` and `Drain`. A prompt cached
+under one set of weights is never used under another: resetting the prompt cache frees memory and changes
+no number.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+import msgspec
+
 from homefire.checkpoints import CheckpointStore, Held, materialize
 from homefire.foundation.clock import Clock
 from homefire.foundation.events import EventLog
 from homefire.inference.engine.protocol import (
     InferenceEngine,
     ServedWeights,
+    Stragglers,
     Swapped,
     WeightSet,
 )
 from homefire.wire.errors import (
+    CanaryMismatch,
     DigestMismatch,
     HomefireError,
     HotLoadFailed,
@@ -33,13 +38,19 @@ from homefire.wire.errors import (
     Unavailable,
 )
 from homefire.wire.ids import BASE_IDENTITY, Identity
-from homefire.wire.internal import HotLoadRequest, HotLoadStage, LedgerEntry, SnapshotLocation
+from homefire.wire.internal import (
+    CanaryVerdict,
+    Drain,
+    HotLoadRequest,
+    HotLoadStage,
+    LedgerEntry,
+    SnapshotLocation,
+    Transition,
+)
 from homefire.wire.manifest import CheckpointKind
 
 log = logging.getLogger(__name__)
 _LEDGER_LENGTH = 200
-_REFUSING = "SYNC"
-"""The transition in which new requests are refused while the weights are being swapped."""
 
 
 class HotLoader:
@@ -68,6 +79,9 @@ class HotLoader:
         self.stage = HotLoadStage.IDLE
         self.target: str | None = None
         self.error = ""
+        self.error_code = ""
+        self.canary = CanaryVerdict.ABSENT
+        """Of what serves."""
         self.ledger: list[LedgerEntry] = []
 
     def request(self, wanted: HotLoadRequest) -> None:
@@ -132,24 +146,37 @@ class HotLoader:
         if self._is_serving(engine, wanted):
             self._enter(HotLoadStage.IDLE, None)
             return None
-        began_at = self._clock.monotonic()
-        self._enter(HotLoadStage.LOADING, wanted.identity)
+        attempt = _Attempt(self._clock)
         try:
-            weights = await self._read(engine, wanted)
-            load_ms = 1000 * (self._clock.monotonic() - began_at)
-            self._enter(HotLoadStage.DRAINING, wanted.identity)
-            swapped = await self._swap(engine, weights, wanted)
+            await self._load_or_reseed(engine, wanted, attempt)
         except Exception as error:  # noqa: BLE001 - a worker loop: the old weights serve on
-            self._report_failure(wanted, error, load_ms=1000 * (self._clock.monotonic() - began_at))
+            self._record_failure(wanted, error, attempt)
+            self._enter(HotLoadStage.ERROR, wanted.identity, error)
             return error if isinstance(error, HomefireError) else HotLoadFailed(_text(error))
-        self._served_from = wanted.location
-        self._report_success(weights.served, load_ms + swapped.apply_ms, swapped.drain_ms)
+        self._enter(HotLoadStage.IDLE, None)
         return None
 
-    async def _read(self, engine: InferenceEngine, wanted: HotLoadRequest) -> WeightSet:
+    async def _load_or_reseed(
+        self, engine: InferenceEngine, wanted: HotLoadRequest, attempt: _Attempt
+    ) -> None:
+        """What was read is verified before it is applied. So when it is wrong in place, it is worth a
+        second reading, whole and from the store alone."""
+        weights = await self._read(engine, wanted, attempt)
+        try:
+            await self._serve(engine, weights, wanted, attempt)
+        except DigestMismatch as mismatch:
+            self._record_failure(wanted, mismatch, attempt)
+            attempt.begin_again()
+            weights = await self._read(engine, wanted, attempt)
+            await self._serve(engine, weights, wanted, attempt)
+
+    async def _read(
+        self, engine: InferenceEngine, wanted: HotLoadRequest, attempt: _Attempt
+    ) -> WeightSet:
+        self._enter(HotLoadStage.LOADING, wanted.identity)
         if wanted.identity is None or wanted.location is None:
             return await asyncio.to_thread(engine.base_weights)
-        held = self._held(engine, wanted.location)
+        held = None if attempt.reseeds else self._held(engine, wanted.location)
         weights = await asyncio.to_thread(
             read_weights, self._store, wanted.location, wanted.identity, held
         )
@@ -161,19 +188,41 @@ class HotLoader:
             )
         return weights
 
+    async def _serve(
+        self,
+        engine: InferenceEngine,
+        weights: WeightSet,
+        wanted: HotLoadRequest,
+        attempt: _Attempt,
+    ) -> None:
+        load_ms = attempt.elapsed_ms
+        self._enter(HotLoadStage.DRAINING, wanted.identity)
+        swapped = await self._swap(engine, weights, wanted)
+        self._served_from, self.canary = wanted.location, swapped.canary
+        self._record_success(weights.served, swapped, attempt, load_ms=load_ms)
+
     async def _swap(
         self, engine: InferenceEngine, weights: WeightSet, wanted: HotLoadRequest
     ) -> Swapped:
-        self._is_refusing = wanted.transition == _REFUSING
+        self._is_refusing = wanted.transition is Transition.SYNC
+        is_bounded = wanted.drain is Drain.BOUNDED
         try:
             done = engine.swap_weights(
                 weights,
-                drain_timeout_s=self._drain_timeout_s,
+                drain_timeout_s=self._drain_s(wanted),
+                stragglers=Stragglers.GO_ON if is_bounded else Stragglers.FAIL_SWAP,
                 reset_prompt_cache=wanted.reset_prompt_cache,
             )
             return await asyncio.wrap_future(done)
         finally:
             self._is_refusing = False
+
+    def _drain_s(self, wanted: HotLoadRequest) -> float:
+        if wanted.transition is Transition.ASYNC and wanted.drain is Drain.BOUNDED:
+            return 0.0
+        if wanted.drain_timeout_s is not None:
+            return wanted.drain_timeout_s
+        return self._drain_timeout_s
 
     def _held(self, engine: InferenceEngine, location: SnapshotLocation) -> Held | None:
         """What is served, when a delta in that place may build on it."""
@@ -189,53 +238,79 @@ class HotLoader:
         is_same = wanted.digest in ("", serving.digest)
         return serving.identity == wanted.identity and is_same and is_same_place
 
-    def _enter(self, stage: HotLoadStage, target: str | None, error: str = "") -> None:
-        self.stage, self.target, self.error = stage, target, error
+    def _enter(
+        self, stage: HotLoadStage, target: str | None, error: Exception | None = None
+    ) -> None:
+        self.stage, self.target = stage, target
+        self.error = "" if error is None else _text(error)
+        self.error_code = "" if error is None else _code(error)
         self._on_change()
 
-    def _report_success(self, served: ServedWeights, load_ms: float, drain_ms: float) -> None:
+    def _record_success(
+        self, served: ServedWeights, swapped: Swapped, attempt: _Attempt, *, load_ms: float
+    ) -> None:
         entry = LedgerEntry(
             identity=served.name,
             digest=served.digest,
             at=self._clock.now(),
             ok=True,
-            load_ms=load_ms,
-            drain_ms=drain_ms,
+            load_ms=load_ms + swapped.apply_ms,
+            drain_ms=swapped.drain_ms,
+            canary=swapped.canary,
+            num_stragglers=swapped.num_stragglers,
+            reseeded=attempt.reseeds,
         )
         self._record(entry)
-        log.info("now serving %s, loaded in %.0f ms", served.name, load_ms)
-        self._enter(HotLoadStage.IDLE, None)
+        log.info("now serving %s, canary %s", served.name, swapped.canary)
 
-    def _report_failure(self, wanted: HotLoadRequest, error: Exception, *, load_ms: float) -> None:
+    def _record_failure(self, wanted: HotLoadRequest, error: Exception, attempt: _Attempt) -> None:
         known, text = isinstance(error, HomefireError), _text(error)
         identity = wanted.identity or BASE_IDENTITY
         log.warning("%s was not loaded: %s", identity, text, exc_info=None if known else error)
+        is_canary = isinstance(error, CanaryMismatch)
         entry = LedgerEntry(
             identity=identity,
             digest="",
             at=self._clock.now(),
             ok=False,
-            load_ms=load_ms,
+            load_ms=attempt.elapsed_ms,
+            canary=CanaryVerdict.MISMATCH if is_canary else CanaryVerdict.ABSENT,
+            reseeded=attempt.reseeds,
             error=text,
+            error_code=_code(error),
         )
         self._record(entry)
-        self._enter(HotLoadStage.ERROR, wanted.identity, text)
 
     def _record(self, entry: LedgerEntry) -> None:
         self.ledger = [*self.ledger[1 - _LEDGER_LENGTH :], entry]
         self._events.append(
-            "hot_load",
-            identity=entry.identity,
-            digest=entry.digest,
-            ok=entry.ok,
-            load_ms=entry.load_ms,
-            drain_ms=entry.drain_ms,
-            error=entry.error,
+            "hot_load", **{k: v for k, v in msgspec.structs.asdict(entry).items() if k != "at"}
         )
+
+
+class _Attempt:
+    """At one load: when it began, and whether it is the second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.reseeds = False
+        self._began_at = clock.monotonic()
+
+    def begin_again(self) -> None:
+        self.reseeds = True
+        self._began_at = self._clock.monotonic()
+
+    @property
+    def elapsed_ms(self) -> float:
+        return 1000 * (self._clock.monotonic() - self._began_at)
 
 
 def _text(error: Exception) -> str:
     return str(error) if isinstance(error, HomefireError) else f"{type(error).__name__}: {error}"
+
+
+def _code(error: Exception) -> str:
+    return error.code if isinstance(error, HomefireError) else HotLoadFailed.code
 
 
 def read_weights(
@@ -249,4 +324,5 @@ def read_weights(
         CheckpointKind.LORA if is_adapter else CheckpointKind.BASE,
         found.tensors,
         found.manifest.lora,
+        found.manifest.canary,
     )

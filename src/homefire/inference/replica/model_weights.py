@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from homefire.inference.engine.protocol import ServedWeights
 from homefire.inference.replica.replica import Replica, identity_asked
 from homefire.wire.checkpoint_paths import CheckpointPath, parse_checkpoint_path
-from homefire.wire.errors import InvalidArgument, WrongCheckpointKind
+from homefire.wire.errors import InvalidArgument, WeightsMismatch, WrongCheckpointKind
 from homefire.wire.ids import BASE_IDENTITY
 from homefire.wire.manifest import CheckpointFamily
 
@@ -20,8 +20,14 @@ _SCHEME = "tinker://"
 
 
 @asynccontextmanager
-async def weights_of(model: str, replica: Replica) -> AsyncIterator[ServedWeights | None]:
-    """None: the full weights that serve at its admission, which `Replica.check_asked` judges."""
+async def weights_of(
+    model: str, expected: str | None, replica: Replica
+) -> AsyncIterator[ServedWeights | None]:
+    """None: the full weights that serve, whichever they are. `expected` is the request's
+    `expect_identity`.
+
+    WeightsMismatch when an identity is asked for that does not serve.
+    """
     path = _snapshot(model)
     if not replica.spec.samples_job:
         if path is not None:
@@ -31,13 +37,30 @@ async def weights_of(model: str, replica: Replica) -> AsyncIterator[ServedWeight
                 field="model",
             )
         replica.check_open()
-        replica.check_asked(model, replica.engine.serving())
-        yield None
+        yield _insisted(model, expected, replica.engine.serving())
         return
     run, name = await _asked(model, path, replica)
     weights = replica.session_weights
     async with weights.serving_newest(replica.engine, run=run, snapshot=name) as served:
+        _check(expected, served, field="expect_identity")
         yield served
+
+
+def _insisted(model: str, expected: str | None, serving: ServedWeights) -> ServedWeights | None:
+    asked = identity_asked(model)
+    _check(asked, serving, field="model")
+    _check(expected, serving, field="expect_identity")
+    return None if asked is None and expected is None else serving
+
+
+def _check(asked: str | None, weights: ServedWeights, *, field: str) -> None:
+    if asked is not None and asked != weights.name:
+        raise WeightsMismatch(
+            f"{asked!r} was asked for, {weights.name!r} is served",
+            hint=f"hot load it first, or leave the identity out of {field}",
+            field=field,
+            current=weights.name,
+        )
 
 
 async def _asked(model: str, path: CheckpointPath | None, replica: Replica) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from homefire.inference.replica.order import ModelLimits
 from homefire.inference.replica.session_weights import SessionWeights
 from homefire.inference.replica.tinker_futures import SampleFutures
 from homefire.inference.replica.tokenizer import ModelTokenizer
-from homefire.wire.errors import Unavailable, WeightsMismatch
+from homefire.wire.errors import Unavailable
 from homefire.wire.internal import HotLoadRequest, ReplicaStatus
 from homefire.wire.specs import ReplicaSpec
 
@@ -102,17 +102,6 @@ class Replica:
         """SwapInProgress while a transition that refuses new requests swaps the weights."""
         self._loader.check_open()
 
-    def check_asked(self, model: str, weights: ServedWeights) -> None:
-        """WeightsMismatch when the request's model names another identity than `weights`."""
-        asked = identity_asked(model)
-        if asked is not None and asked != weights.name:
-            raise WeightsMismatch(
-                f"{asked!r} was asked for, {weights.name!r} is served",
-                hint="hot load it first, or leave the identity out of model",
-                field="model",
-                current=weights.name,
-            )
-
     def hot_load(self, request: HotLoadRequest) -> ReplicaStatus:
         self._loader.request(request)
         return self.status()
@@ -132,7 +121,9 @@ class Replica:
             digest="",
             stage=loader.stage,
             target=loader.target,
+            canary=loader.canary,
             error=loader.error or self._failure,
+            error_code=loader.error_code,
             num_asked=self.num_asked,
             ledger=loader.ledger,
         )
@@ -203,6 +194,7 @@ def _with_engine(
         error=engine.failure or status.error,
         identity=served.identity,
         digest=served.digest,
+        attested_by=engine.attested_by,
         running=load.running,
         queued=load.queued + num_waiting,
     )

@@ -19,12 +19,12 @@ from homefire.inference.replica.hot_load import HotLoader, read_weights
 from homefire.inference.replica.weight_turns import WeightTurns
 from homefire.wire.errors import DigestMismatch, InvalidArgument, UnknownSnapshot
 from homefire.wire.ids import Identity
-from homefire.wire.internal import HotLoadRequest, SnapshotLocation
+from homefire.wire.internal import Drain, HotLoadRequest, SnapshotLocation
 from homefire.wire.manifest import CheckpointKind, Manifest
 from homefire.wire.pooled import SamplingSession
 from homefire.wire.specs import ReplicaSpec
 
-BASE_MODEL = HotLoadRequest(identity=None, reset_prompt_cache=False)
+BASE_MODEL = HotLoadRequest(identity=None, reset_prompt_cache=False, drain=Drain.STRICT)
 """Weights that are taken in turns come back, and find the prompts that were cached under them."""
 _REMEMBERED_SESSIONS = 10_000
 
@@ -186,6 +186,7 @@ def _full(snapshot: _Snapshot) -> HotLoadRequest:
         location=snapshot.location,
         digest=served.digest,
         reset_prompt_cache=False,
+        drain=Drain.STRICT,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from homefire.checkpoints import CheckpointFamily, CheckpointKey, CheckpointStore, SnapshotInfo
 from homefire.foundation.clock import Clock
 from homefire.wire.ids import check_name
+from homefire.wire.manifest import Canary
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,14 @@ class Bucket:
     def key(self, slot: str, family: CheckpointFamily, name: str) -> CheckpointKey:
         return CheckpointKey(self.account, self.job, slot, family, check_name(name, field="path"))
 
-    def info(self, *, step: int, metadata: dict[str, str], ttl_seconds: int | None) -> SnapshotInfo:
+    def info(
+        self,
+        *,
+        step: int,
+        metadata: dict[str, str],
+        ttl_seconds: int | None,
+        canary: Canary | None = None,
+    ) -> SnapshotInfo:
         now = self.clock.now()
         return SnapshotInfo(
             step=step,
@@ -32,4 +40,5 @@ class Bucket:
             metadata=metadata,
             expires_at=None if ttl_seconds is None else now + ttl_seconds,
             cap_bytes=self.cap_bytes,
+            canary=canary,
         )

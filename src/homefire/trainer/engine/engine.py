@@ -30,6 +30,7 @@ from homefire.trainer.engine import (
 )
 from homefire.trainer.engine.batch import Batch, read_batch, read_tokens
 from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.canary import CanaryProbe
 from homefire.trainer.engine.held_graphs import HeldPasses, budget_of
 from homefire.trainer.engine.losses import (
     Loss,
@@ -108,6 +109,7 @@ class _Opened:
     bucket: Bucket
     held: HeldPasses
     max_context_length: int
+    canary: CanaryProbe
 
 
 class SlotEngine:
@@ -141,7 +143,7 @@ class SlotEngine:
             clock=self._clock,
             available_bytes=network.available_bytes,
         )
-        self._opened = _Opened(network, bucket, held, limit)
+        self._opened = _Opened(network, bucket, held, limit, CanaryProbe(network, limit))
         return ModelOpened(
             architecture=network.architecture,
             vocab_size=network.vocab_size,
@@ -314,7 +316,8 @@ class SlotEngine:
     # Saving and loading --------------------------------------------------------------------------
 
     def save_sampler(self, request: SaveSampler) -> SamplerSaved:
-        return snapshots.save_sampler(self._bucket, self._slots.get(request.slot), request)
+        slot = self._slots.get(request.slot)
+        return snapshots.save_sampler(self._bucket, slot, request, self._model.canary)
 
     def save_external(self, request: SaveExternal) -> ExternalSaved:
         return snapshots.save_external(self._bucket, self._slots.get(request.slot), request)
@@ -396,12 +399,15 @@ class SlotEngine:
         if (kind is SlotKind.LORA) != (lora is not None):
             raise InvalidArgument(f"a {kind} slot and lora={lora} do not go together", field="lora")
         if kind is SlotKind.REFERENCE:
-            return Slot(name, kind, None, self._network.reference(), None)
+            reference = self._network.reference()
+            self._model.canary.note_base(reference)
+            return Slot(name, kind, None, reference, None)
         if lora is None:
             weights = self._network.open_full()
         else:
             lora = lora if lora.seed is not None else msgspec.structs.replace(lora, seed=0)
             weights = self._network.open_lora(lora)
+        self._model.canary.note_base(weights)
         shares = self._network.shares_passes(weights)
         return Slot(name, kind, lora, weights, weights, shares_passes=shares)
 

@@ -71,6 +71,14 @@ class BigramNetwork:
     def memory_bytes(self) -> int:
         return memory.total_bytes()
 
+    @property
+    def num_ranks(self) -> int:
+        return 1
+
+    @property
+    def compute_dtype(self) -> str:
+        return "float32"
+
     def available_bytes(self) -> int | None:
         return memory.available_bytes()
 

@@ -235,6 +235,16 @@ class Network(Protocol):
         """Of the device in all."""
         ...
 
+    @property
+    def num_ranks(self) -> int:
+        """That the rows of a pass are divided among."""
+        ...
+
+    @property
+    def compute_dtype(self) -> str:
+        """What a pass is computed in, e.g. `float32`."""
+        ...
+
     def available_bytes(self) -> int | None:
         """What the device has free; None when unknown."""
         ...

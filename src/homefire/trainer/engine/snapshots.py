@@ -22,6 +22,7 @@ from homefire.checkpoints import (
 )
 from homefire.checkpoints.lineage import MAX_CHAIN
 from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.canary import CanaryProbe
 from homefire.trainer.engine.network import MergedWeights
 from homefire.trainer.engine.slots import Committed, Slot
 from homefire.wire.engine import (
@@ -44,7 +45,9 @@ from homefire.wire.errors import (
 log = logging.getLogger(__name__)
 
 
-def save_sampler(bucket: Bucket, slot: Slot, request: SaveSampler) -> SamplerSaved:
+def save_sampler(
+    bucket: Bucket, slot: Slot, request: SaveSampler, probe: CanaryProbe
+) -> SamplerSaved:
     """Writes and commits the slot's serving weights, and makes them the parent of the next delta."""
     _check_type(request.checkpoint_type)
     trained = slot.trainable()
@@ -56,7 +59,10 @@ def save_sampler(bucket: Bucket, slot: Slot, request: SaveSampler) -> SamplerSav
         manifest, note = _same_again(bucket.store.manifest(key), serving), "saved before"
     else:
         info = bucket.info(
-            step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds
+            step=slot.step,
+            metadata=request.metadata,
+            ttl_seconds=request.ttl_seconds,
+            canary=probe.of(slot),
         )
         manifest, note = _write(bucket, slot, key, serving, info, request.checkpoint_type)
     slot.committed = Committed(manifest, serving)

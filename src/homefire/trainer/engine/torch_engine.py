@@ -89,6 +89,14 @@ class TorchNetwork:
             return torch.cuda.get_device_properties(device).total_memory
         return memory.total_bytes()
 
+    @property
+    def num_ranks(self) -> int:
+        return 1
+
+    @property
+    def compute_dtype(self) -> str:
+        return str(self._model.head_weight.dtype).removeprefix("torch.")
+
     def available_bytes(self) -> int | None:
         """On an accelerator, what torch has cached counts as free: it gives that up when asked."""
         device = self._model.device

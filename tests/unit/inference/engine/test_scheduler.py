@@ -376,7 +376,7 @@ def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
         elif action == "c" and live:
             generation, _ = live.pop()
             scheduler.cancel(generation)
-        elif action == "w" and scheduler._swap is None:
+        elif action == "w" and scheduler._swaps.pending is None:
             done: Future[Swapped] = Future()
             scheduler.begin_swap(
                 canary_set(data.draw(st.integers(2, 4))),

@@ -146,7 +146,7 @@ async def test_the_newest_request_is_taken_up_after_the_load_in_progress(
 
 
 @pytest.mark.parametrize(
-    ("transition", "status", "answered_by"), [("SYNC", 425, None), ("ASYNC", 200, "step-5")]
+    ("transition", "status", "answered_by"), [("SYNC", 425, None), ("DRAIN", 200, "step-5")]
 )
 async def test_a_sync_transition_refuses_what_comes_while_the_weights_are_swapped(
     start_replica: Any, snapshots: Snapshots, transition: str, status: int, answered_by: str | None
@@ -177,7 +177,7 @@ async def test_a_sync_transition_refuses_what_comes_while_the_weights_are_swappe
         assert (await caller.complete(**ASK)).status == 200
 
 
-async def test_a_drain_that_times_out_is_an_error_and_the_stream_goes_on(
+async def test_a_strict_drain_that_times_out_is_an_error_and_the_stream_goes_on(
     start_replica: Any, snapshots: Snapshots
 ) -> None:
     async with start_replica(max_context_length=1 << 22, drain_timeout_s=0.0) as caller:
@@ -186,9 +186,10 @@ async def test_a_drain_that_times_out_is_an_error_and_the_stream_goes_on(
         async with asyncio.timeout(20):
             while not (await caller.status()).running:
                 await asyncio.sleep(0)
-        status = await caller.hot_load(snapshots.base(5))
+        status = await caller.hot_load(snapshots.base(5), drain="strict")
         assert (status.stage, status.target, status.running) == (HotLoadStage.ERROR, "step-5", 1)
         assert "still ran" in status.error
+        assert status.error_code == "hot_load_failed"
         running.cancel()
 
 

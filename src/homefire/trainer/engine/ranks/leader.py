@@ -175,6 +175,14 @@ class RankedNetwork:
         """None for kept graphs: a backward among ranks computes its forward again."""
         return 0
 
+    @property
+    def num_ranks(self) -> int:
+        return self._ranks.count
+
+    @property
+    def compute_dtype(self) -> str:
+        return self._own.compute_dtype
+
     def available_bytes(self) -> int | None:
         return self._own.available_bytes()
 

@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler bench-concurrency \
-        test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families
+        test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families soak
 
 help: ## this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,9 @@ test-clients: install ## every version of every client, then docs/compatibility.
 
 test-families: install ## every model family, packed and sampled, against Hugging Face
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity/test_families.py
+
+soak: install ## the long suites: up to an hour
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m soak --timeout 3600 tests
 
 check: install ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -97,7 +97,7 @@ class Snapshots:
         key = self.key(f"step-{token}")
         tensors = canary_tensors(token)
         self.written[token] = write_base(
-            self.store, key, tensors, _info(token, canary), model_files=self.model_files
+            self.store, key, tensors, info_of(token, canary), model_files=self.model_files
         )
         return key.name
 
@@ -105,13 +105,13 @@ class Snapshots:
         """A base snapshot of a root run."""
         key = self.run_key(run, name)
         tensors = canary_tensors(token)
-        return write_base(self.store, key, tensors, _info(token), model_files=self.model_files)
+        return write_base(self.store, key, tensors, info_of(token), model_files=self.model_files)
 
     def adapter(self, token: int, *, run: str, name: str) -> Manifest:
         key = self.run_key(run, name)
         tensors = adapter_tensors(token)
         return write_lora(
-            self.store, key, tensors, _info(token), adapter_config={"r": 1}, lora=CANARY_LORA
+            self.store, key, tensors, info_of(token), adapter_config={"r": 1}, lora=CANARY_LORA
         )
 
     def delta(self, token: int, *, parent: int) -> str:
@@ -120,14 +120,14 @@ class Snapshots:
             self.store,
             key,
             canary_tensors(token),
-            _info(token),
+            info_of(token),
             parent=self.written[parent],
             parent_tensors=canary_tensors(parent),
         )
         return key.name
 
 
-def _info(step: int, canary: Canary | None = None) -> SnapshotInfo:
+def info_of(step: int, canary: Canary | None = None) -> SnapshotInfo:
     return SnapshotInfo(
         step=step,
         base_model="tiny",

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 def serve(connection: socket.socket, engine: TrainingEngine) -> None:
     """Blocks until the front closes the stream or sends `Shutdown`."""
     while (frame := _next_frame(connection, engine)) is not None:
+        failpoint("engine.before_run")
         message, reply = _answer(engine, frame)
         failpoint("engine.before_reply")
         try:

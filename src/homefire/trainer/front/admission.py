@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from homefire.foundation.clock import Clock
+from homefire.foundation.failpoints import failpoint
 from homefire.trainer.front import operations
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.gaps import GapTimers
@@ -244,6 +245,7 @@ class Admission:
         await asyncio.shield(landed)
 
     async def _append(self, record: Record) -> None:
+        failpoint("admission.before_journal")
         await self._journal.append(record)
 
     def _too_late(self, handle: Handle, seq: int) -> HomefireError | None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
+from homefire.foundation.failpoints import failpoint
 from homefire.http.bodies import json_response, read_json
 from homefire.trainer.front.records import FailedResult, PassResult, PlainResult, Result
 from homefire.trainer.front.service import Front
@@ -38,6 +39,7 @@ class FutureCalls:
             await self._hold(futures.completion(request_id))
         result = futures.read(request_id)
         if result is not None:
+            failpoint("front.before_result")
             answer = await _answer(result, request.headers.get("accept", ""))
             is_large = len(answer.body) > INLINE_BYTES
             return _only_size(answer) if is_large and body.allow_metadata_only else answer

@@ -210,6 +210,7 @@ class Journal:
             return []
         frame = _frame([entry.encoded for entry in batch])
         self._sync_name()
+        failpoint("journal.before_write")
         try:
             write_all(self._file, frame, self._durable_bytes, disk=self._disk)
             failpoint("journal.before_fsync")
@@ -235,6 +236,7 @@ class Journal:
         try:
             write_all(file, HEADER + first, 0, disk=self._disk)
             self._disk.fsync(file)
+            failpoint("journal.before_name")
             self._disk.replace(aside, segment_path(self._directory, number))
         except OSError:
             self._disk.close(file)
@@ -244,6 +246,7 @@ class Journal:
         self._file, self._segment = file, number
         self._durable_bytes = len(HEADER) + len(first)
         self._is_named = False
+        failpoint("journal.after_name")
         self._sync_name()
 
     def _sync_name(self) -> None:

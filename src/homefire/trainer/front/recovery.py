@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from homefire.foundation.disk import SYSTEM, Disk
+from homefire.foundation.failpoints import failpoint
 from homefire.trainer.front import operations
 from homefire.trainer.front.journal import read_journal
 from homefire.trainer.front.live_model import LiveModel
@@ -97,6 +98,7 @@ class Recovery:
         payloads = await asyncio.to_thread(_accepted, self._journal, request_ids, self._disk)
         for done, together in enumerate(history):
             self._progress(done, len(history))
+            failpoint("recovery.before_replay")
             accepted = [payloads.get(completed.request_id) for completed in together]
             if len(together) > 1:
                 await self._replay_pack(model, accepted, together, recovered)

@@ -14,6 +14,7 @@ from homefire.foundation.clock import Clock
 from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.durable import make_directory, remove_tree
 from homefire.foundation.events import EventLog
+from homefire.foundation.failpoints import failpoint
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.records import PointTaken
@@ -83,11 +84,14 @@ class RecoveryPoints:
         name = f"{position:012d}-{secrets.token_hex(3)}"
         make_directory(self._directory, disk=self._disk)
         size_bytes = await model.save_recovery(self._directory / name)
+        failpoint("points.before_record")
         floor = self._ledger.floor(self._journal.segment)
         at = self._clock.now()
         await self._journal.append(PointTaken(name=name, position=position, floor=floor, at=at))
+        failpoint("points.before_roll")
         await self._journal.rotate(self._ledger.snapshot)
         self._write_s = self._clock.monotonic() - started
+        failpoint("points.before_trim")
         await self.delete_leftovers()
         self._events.append(
             "recovery_point", name=name, size_bytes=size_bytes, seconds=round(self._write_s, 3)

@@ -279,6 +279,7 @@ class Worker:
         operation = await operations.decode_off_loop(request.operation)
         await self._keep_what_was_loaded(model, operation)
         started = self._clock.monotonic()
+        failpoint("worker.before_run")
         try:
             outcome = await self._outcome(model, request, operation, handle)
         except EngineDied:

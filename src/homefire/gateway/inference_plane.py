@@ -16,7 +16,7 @@ from homefire.gateway.addressing import deployment_key, snapshot_path
 from homefire.gateway.caller import Caller
 from homefire.gateway.control_calls import ControlCalls
 from homefire.gateway.proxy import UpstreamDown, UpstreamLost
-from homefire.gateway.replica_choice import choose_replica
+from homefire.gateway.replica_choice import choose_replica, routing_prefix
 from homefire.gateway.routing import Router
 from homefire.gateway.upstreams import Upstreams
 from homefire.http.bodies import decode_json, read_body
@@ -42,6 +42,13 @@ class _Envelope(msgspec.Struct):
 
     model: str = ""
     user: Any = None
+    prompt: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def prefix(self) -> bytes:
+        prompt, messages = memoryview(self.prompt), memoryview(self.messages)
+        return routing_prefix(messages or prompt)
 
 
 class InferencePlane:
@@ -62,12 +69,14 @@ class InferencePlane:
         envelope = await _read_envelope(caller)
         key = await self._deployment(caller, envelope.model)
         await self._wake_if_parked(key)
-        session = _session(caller, envelope)
+        session, prefix = _session(caller, envelope), envelope.prefix
 
         def choose(refused: frozenset[str]) -> Upstream | None:
             route = self._route(key)
             replicas = [up for up in route.replicas if up.socket not in refused]
-            return choose_replica(replicas, in_flight=self._upstreams.in_flight, session=session)
+            return choose_replica(
+                replicas, in_flight=self._upstreams.in_flight, session=session, prefix=prefix
+            )
 
         try:
             await self._router.forward(

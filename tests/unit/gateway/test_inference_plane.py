@@ -13,13 +13,14 @@ import zstandard
 from aiohttp import web
 
 from homefire.gateway import inference_plane
-from homefire.gateway.replica_choice import choose_replica
+from homefire.gateway.replica_choice import PREFIX_SLACK, choose_replica, routing_prefix
 from homefire.gateway.routing import Holds
 from homefire.wire.errors import HomefireError, UnknownSnapshot, error_body
 from homefire.wire.internal import SnapshotRef, Wake
 from homefire.wire.specs import Upstream
 
 COMPLETIONS = "/inference/v1/completions"
+CHAT = "/v1/chat/completions"
 REPLICAS = [Upstream(f"/run/{name}.sock", "s") for name in "abcd"]
 
 
@@ -216,6 +217,36 @@ def test_a_replica_that_goes_moves_only_its_own_sessions():
     after = {s: choose_replica(REPLICAS[:3], in_flight={}, session=s) for s in sessions}
     assert {before[s] for s in sessions} == set(REPLICAS)
     assert all(before[s] == after[s] for s in sessions if before[s] is not REPLICAS[3])
+
+
+async def test_requests_that_begin_alike_go_to_one_replica(stack):
+    replicas = [await stack.replica() for _ in range(3)]
+    client = await stack.start()
+    system = {"role": "system", "content": "You sort digits. " * 80}
+    for turn in range(3):
+        prompt = [*range(400), *range(turn)]
+        await client.post(COMPLETIONS, json={"model": "dep", "prompt": prompt})
+        messages = [system, *[{"role": "user", "content": "527"}] * turn]
+        await client.post(CHAT, json={"model": "dep", "messages": messages})
+    counts = [len(replica.requests) for replica in replicas]
+    assert sum(counts) == 6
+    assert all(count % 3 == 0 for count in counts)
+
+
+def test_a_prefix_s_replica_is_passed_over_when_it_is_much_busier_than_another():
+    prefix = routing_prefix(memoryview(b"[" + b"1," * 400))
+    holder = choose_replica(REPLICAS, in_flight={}, prefix=prefix)
+    assert holder is not None
+    almost, much = PREFIX_SLACK - 1, PREFIX_SLACK
+    assert choose_replica(REPLICAS, in_flight={holder.socket: almost}, prefix=prefix) is holder
+    assert choose_replica(REPLICAS, in_flight={holder.socket: much}, prefix=prefix) is not holder
+
+
+def test_prefixes_spread_over_all_replicas_and_short_prompts_have_none():
+    prompts = [memoryview(str([n, *range(300)]).encode()) for n in range(100)]
+    chosen = {choose_replica(REPLICAS, in_flight={}, prefix=routing_prefix(p)) for p in prompts}
+    assert chosen == set(REPLICAS)
+    assert routing_prefix(memoryview(b"[1, 2, 3]")) == b""
 
 
 class Streaming:

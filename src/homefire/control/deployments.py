@@ -27,7 +27,7 @@ from homefire.control.deployment_config import (
     patched,
 )
 from homefire.control.jobs import find_job
-from homefire.control.lifecycle import DeploymentEvent, deployment_after
+from homefire.control.lifecycle import DeploymentEvent, deployment_after, is_asleep
 from homefire.control.names import check_id, id_in
 from homefire.control.reconcile import Reconciler
 from homefire.control.supervision import after_request
@@ -119,6 +119,13 @@ class Deployments:
             return msgspec.structs.replace(row.config, num_replicas=replica_count)
 
         return await self._change(account, deployment_id, change)
+
+    async def wake(self, account: str, deployment_id: str) -> None:
+        """For a request that names it: one that was scaled to zero starts as many replicas as its minimum,
+        at least one. Any other is left as it is. NotFound."""
+        row = await self.get(account, deployment_id)
+        if is_asleep(row):
+            await self.scale(account, deployment_id, max(1, row.config.min_replica_count))
 
     async def delete(self, account: str, deployment_id: str, *, hard: bool) -> DeploymentRow:
         """Stops the replicas. `hard` leaves no tombstone. A second time changes nothing."""

@@ -65,7 +65,9 @@ class HotLoads:
     clock: Clock
     home: Home
 
-    async def signal(self, account: str, deployment_name: str, signal: HotLoadSignal) -> None:
+    async def signal(
+        self, account: str, deployment_name: str, signal: HotLoadSignal
+    ) -> DeploymentRow:
         """Makes the snapshot the deployment's desired weights, if it is in the store.
 
         UnknownSnapshot names what exists; the replicas then serve on as they did.
@@ -102,6 +104,7 @@ class HotLoads:
 
         await self.database.transact(work)
         self.reconciler.wake()
+        return deployment
 
     async def deployment(self, account: str, deployment_name: str) -> DeploymentRow:
         """UnknownDeployment (400): clients wait for a long time on a 404 here."""

@@ -147,6 +147,14 @@ DEPLOYMENT_IN_TRANSITION = frozenset({D.CREATING, D.UPDATING, D.DELETING})
 DEPLOYMENT_LIVE = frozenset({D.CREATING, D.READY, D.UPDATING})
 
 
+def is_asleep(deployment: DeploymentRow) -> bool:
+    """Scaled to zero, and free to have a replica again: the next request starts one. A maximum of zero says
+    that it shall stay so."""
+    config = deployment.config
+    is_live = deployment.state in DEPLOYMENT_LIVE
+    return is_live and config.num_replicas == 0 and config.max_replica_count > 0
+
+
 def job_after(job: JobRow, event: JobEvent) -> JobState:
     """The job's next state. Raises FailedPrecondition when the event cannot happen in its state."""
     try:

@@ -6,7 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
-from homefire.control.lifecycle import DEPLOYMENT_LIVE, SeenReplica, SeenTrainer, hot_load_error
+from homefire.control.lifecycle import (
+    DEPLOYMENT_LIVE,
+    SeenReplica,
+    SeenTrainer,
+    hot_load_error,
+    is_asleep,
+)
 from homefire.wire.internal import DeploymentRoute, KeyRoute, RouteTable, TrainerRoute
 from homefire.wire.pooled import is_sampler
 from homefire.wire.resources import DeploymentState, JobState
@@ -66,7 +72,12 @@ def deployment_route(
         and is_routable(replica, seen.get((deployment.id, replica.number)))
     ]
     detail = deployment.message or _why_silent(deployment, own, seen)
-    return DeploymentRoute(deployment.state.value, serving, "" if serving else detail)
+    return DeploymentRoute(
+        deployment.state.value,
+        serving,
+        "" if serving else detail,
+        is_asleep=not serving and is_asleep(deployment),
+    )
 
 
 def is_routable(replica: ReplicaRow, seen: SeenReplica | None) -> bool:
@@ -81,6 +92,8 @@ def _why_silent(
     replicas: Sequence[ReplicaRow],
     seen: Mapping[tuple[str, int], SeenReplica],
 ) -> str:
+    if is_asleep(deployment):
+        return "scaled to zero replicas; a request starts one"
     if deployment.state in DEPLOYMENT_LIVE and deployment.config.num_replicas == 0:
         return "scaled to zero replicas; raise maxReplicaCount to serve again"
     for replica in replicas:

@@ -42,7 +42,7 @@ class ControlCalls:
         """Job by account and run, the least recently used first."""
         self._samplers: OrderedDict[tuple[str, str], str] = OrderedDict()
         """The same for the sampler of a run's snapshots."""
-        self._waking: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._waking: dict[tuple[str, str, str], asyncio.Task[None]] = {}
 
     async def place(self, new: NewRun) -> RunPlace:
         """Which job trains a new run; control finds, makes or wakes it."""
@@ -91,11 +91,21 @@ class ControlCalls:
         except Unavailable as exc:
             log.debug("%s could not be woken: %s", service, exc)
 
+    async def wake_deployment(self, account: str, deployment: str) -> None:
+        """Starts one that was scaled to zero; else as `wake`."""
+        try:
+            await asyncio.shield(self._wake_once("/internal/deployments/wake", account, deployment))
+        except Unavailable as exc:
+            log.debug("%s could not be woken: %s", deployment, exc)
+
     def wake_soon(self, account: str, service: str) -> asyncio.Task[None]:
-        key = (account, service)
+        return self._wake_once("/internal/tinker/wake", account, service)
+
+    def _wake_once(self, path: str, account: str, service: str) -> asyncio.Task[None]:
+        key = (path, account, service)
         task = self._waking.get(key)
         if task is None:
-            task = asyncio.create_task(self._wake(account, service))
+            task = asyncio.create_task(self._wake(path, account, service))
             self._waking[key] = task
             task.add_done_callback(lambda done: self._woken(key, done))
         return task
@@ -106,13 +116,13 @@ class ControlCalls:
         await asyncio.gather(*self._waking.values(), return_exceptions=True)
         await self._client.close()
 
-    async def _wake(self, account: str, service: str) -> None:
-        await self._client.post("/internal/tinker/wake", Wake(account, service), dict[str, object])
+    async def _wake(self, path: str, account: str, service: str) -> None:
+        await self._client.post(path, Wake(account, service), dict[str, object])
 
-    def _woken(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+    def _woken(self, key: tuple[str, str, str], task: asyncio.Task[None]) -> None:
         del self._waking[key]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.info("%s was not woken: %s", key[1], error)
+            log.info("%s was not woken: %s", key[-1], error)
 
     async def _ask(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
         deadline = self._clock.monotonic() + self._holds.request_s

@@ -101,12 +101,18 @@ class InferencePlane:
             return deployment_key(feed.table, account=caller.account, model=model, header=header)
 
     async def _wake_if_parked(self, key: str) -> None:
-        """The sampler of a root job is parked when nobody uses it; other deployments are as they are."""
+        """The sampler of a root job is parked when nobody uses it; others are scaled to zero by their users."""
         account, _, deployment = key.partition("/")
         route = self._router.feed.table.deployments.get(key)
-        if is_sampler(deployment) and (route is None or not route.replicas):
+        if is_sampler(deployment):
+            if route is not None and route.replicas:
+                return
             await self._calls.wake(account, deployment)
-            await self._router.feed.refresh()
+        elif route is not None and route.is_asleep:
+            await self._calls.wake_deployment(account, deployment)
+        else:
+            return
+        await self._router.feed.refresh()
 
     def _route(self, key: str) -> DeploymentRoute:
         route = self._router.feed.table.deployments.get(key)

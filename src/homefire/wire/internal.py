@@ -227,6 +227,8 @@ class DeploymentRoute(msgspec.Struct, frozen=True):
     replicas: list[Upstream]
     """Replicas that answer; empty while the deployment is starting or parked."""
     detail: str = ""
+    is_asleep: bool = False
+    """It has no replica because it was scaled to none, and the next request starts one."""
 
 
 class KeyRoute(msgspec.Struct, frozen=True):
@@ -283,7 +285,8 @@ class SamplerPlace(msgspec.Struct, frozen=True):
 
 
 class Wake(msgspec.Struct, frozen=True):
-    """A request came for a job that is paused or a sampler that is parked: start it again."""
+    """A request came for a job that is paused, or a deployment that is parked or scaled to zero: start it
+    again."""
 
     account: str
     service: str

@@ -34,6 +34,37 @@ async def test_scaling_to_zero_stops_the_replicas_and_up_again_starts_one(
     assert len(bench.launcher.running()) == 1
 
 
+async def test_a_deployment_scaled_to_zero_is_started_by_a_request_with_its_minimum(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment(minReplicaCount=2, maxReplicaCount=3)
+    await control.deployment_becomes("READY")
+    await control.call("PATCH", f"{ONE}:scale", {"replicaCount": 0})
+    await control.deployment_becomes("READY")
+    assert not bench.launcher.running()
+    route = control.plane.routes.get().deployments["local/d1"]
+    assert route.is_asleep
+    assert "a request starts one" in route.detail
+    await control.call("POST", "/internal/deployments/wake", {"account": "local", "service": "d1"})
+    await control.deployment_becomes("READY")
+    assert len(bench.launcher.running()) == 2
+    assert not control.plane.routes.get().deployments["local/d1"].is_asleep
+
+
+async def test_a_maximum_of_zero_says_that_no_request_shall_start_one(
+    bench: Any, control: Any
+) -> None:
+    await control.create_deployment()
+    await control.deployment_becomes("READY")
+    await control.call("PATCH", ONE, {"maxReplicaCount": 0, "minReplicaCount": 0})
+    await control.deployment_becomes("READY")
+    await control.call("POST", "/internal/deployments/wake", {"account": "local", "service": "d1"})
+    await control.deployment_becomes("READY")
+    assert not bench.launcher.running()
+    unknown = {"account": "other", "service": "d1"}
+    await control.call("POST", "/internal/deployments/wake", unknown, expect=404)
+
+
 async def test_a_patch_without_a_mask_touches_only_the_fields_given(control: Any) -> None:
     await control.create_deployment(
         displayName="a", annotations={"k": "v"}, hotLoadTransitionType="SYNC"

@@ -353,6 +353,22 @@ async def test_nothing_is_held_for_a_deployment_that_is_scaled_to_zero(serving: 
     assert await status(serving) == {"replicas": []}
 
 
+async def test_a_hot_load_starts_a_deployment_that_was_scaled_to_zero(
+    bench: Any, serving: Any
+) -> None:
+    one = "/v1/accounts/local/deployments/d1"
+    await serving.call("PATCH", f"{one}:scale", {"replicaCount": 0})
+    await serving.deployment_becomes("READY")
+    assert [process.spec.name for process in bench.launcher.running()] == ["trainer j1"]
+    await load(serving, "step_2")
+
+    async def is_served() -> bool:
+        replicas = (await status(serving))["replicas"]
+        return [replica["current_snapshot_identity"] for replica in replicas] == ["step_2"]
+
+    await serving.eventually(is_served)
+
+
 async def test_the_ledger_is_what_replicas_wrote_and_can_be_cleared(
     bench: Any, serving: Any
 ) -> None:

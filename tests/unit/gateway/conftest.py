@@ -102,7 +102,7 @@ class Control:
         self._changed = asyncio.Event()
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        if request.path.startswith("/internal/tinker/"):
+        if request.path.startswith(("/internal/tinker/", "/internal/deployments/")):
             return await self.answer_root(request)
         if request.path != "/internal/routes":
             return await echo(request)
@@ -171,10 +171,13 @@ class Stack:
         state: str = "READY",
         account: str = "local",
         detail: str = "",
+        is_asleep: bool = False,
     ) -> None:
         routes = {
             **self.control.table.deployments,
-            f"{account}/{deployment}": DeploymentRoute(state, replicas, detail),
+            f"{account}/{deployment}": DeploymentRoute(
+                state, replicas, detail, is_asleep=is_asleep
+            ),
         }
         self.control.publish(deployments=routes)
 

@@ -141,6 +141,7 @@ class Samplers:
     def __init__(self, stack) -> None:
         self.asked: list[SnapshotRef] = []
         self.woken: list[str] = []
+        self.paths: list[str] = []
         self.on_wake = lambda: None
         self.refusal: HomefireError | None = None
         stack.control.answer_root = self.answer
@@ -150,7 +151,8 @@ class Samplers:
         if self.refusal is not None:
             error = error_body(self.refusal, request_id="r1")
             return web.json_response(error, status=self.refusal.http_status)
-        if request.path == "/internal/tinker/wake":
+        if request.path.endswith("/wake"):
+            self.paths.append(request.path)
             self.woken.append(msgspec.json.decode(body, type=Wake).service)
             self.on_wake()
             return web.json_response({})
@@ -183,6 +185,19 @@ async def test_a_parked_sampler_is_woken_by_the_request_that_names_it(stack):
         answer = await client.post("/v1/completions", json={"model": model, "prompt": [1]})
         assert answer.status_code == 200
     assert samplers.woken == ["pool-1-sampler"]
+
+
+async def test_a_deployment_scaled_to_zero_is_woken_once_by_the_requests_that_come(stack):
+    control = Samplers(stack)
+    stack.route_deployment("dep", [], is_asleep=True)
+    replica = await stack.service("dep-woken")
+    control.on_wake = lambda: stack.route_deployment("dep", [replica.upstream])
+    client = await stack.start()
+    answers = await asyncio.gather(
+        *(client.post(COMPLETIONS, json={"model": "dep", "prompt": [1]}) for _ in range(3))
+    )
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert control.paths == ["/internal/deployments/wake"]
 
 
 @pytest.mark.parametrize(

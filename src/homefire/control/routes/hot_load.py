@@ -26,9 +26,11 @@ class HotLoadAccepted(msgspec.Struct, frozen=True):
 
 
 async def signal(plane: ControlPlane, request: Request) -> Response:
-    """Answers at once; the replicas load in the background."""
+    """Answers at once; the replicas load in the background. A deployment scaled to zero starts for it."""
     asked = _with_header(await read_json(request, HotLoadSignal), request)
-    await plane.hot_loads.signal(account_of(request), _deployment(request), asked)
+    account = account_of(request)
+    deployment = await plane.hot_loads.signal(account, _deployment(request), asked)
+    await plane.deployments.wake(account, deployment.id)
     return json_response(HotLoadAccepted(identity=asked.identity))
 
 

@@ -71,6 +71,12 @@ async def wake(plane: ControlPlane, request: Request) -> Response:
     return json_response({})
 
 
+async def wake_deployment(plane: ControlPlane, request: Request) -> Response:
+    asked = await read_json(request, Wake)
+    await plane.deployments.wake(asked.account, asked.service)
+    return json_response({})
+
+
 def _seconds(text: str | None) -> float:
     try:
         seconds = float(text or 0.0)
@@ -110,5 +116,12 @@ ENDPOINTS = [
     ),
     Endpoint(
         "POST", "/internal/tinker/wake", wake, "A request came for something parked", body=Wake
+    ),
+    Endpoint(
+        "POST",
+        "/internal/deployments/wake",
+        wake_deployment,
+        "A request came for a deployment that was scaled to zero",
+        body=Wake,
     ),
 ]

@@ -5,11 +5,12 @@ The checks know the journal's format and nothing of how the front recovers from 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,26 @@ from homefire.foundation.durable import publish_directory, read_file, write_all
 from homefire.trainer.front.api import build_app
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal, read_journal
-from homefire.trainer.front.records import Accepted, Completed, PackCompleted, Record, Result
+from homefire.trainer.front.records import (
+    Accepted,
+    Completed,
+    PackCompleted,
+    Record,
+    Result,
+    SaveTaken,
+)
 from homefire.trainer.front.recovery import journal_directory, recovery_directory
 from homefire.trainer.front.service import Front
 from homefire.trainer.front.sessions import Ledger
-from homefire.wire.engine import Arrays, LoadRecovery, Reply, Request, SaveRecovery
+from homefire.wire.engine import (
+    Arrays,
+    LoadRecovery,
+    Reply,
+    Request,
+    SaveRecovery,
+    SaveReply,
+    SaveRequest,
+)
 from homefire.wire.errors import HomefireError
 from homefire.wire.internal import SECRET_HEADER
 from homefire.wire.specs import TrainerSpec
@@ -105,10 +121,13 @@ class EngineOnDisk(EngineInProcess):
     async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
         if isinstance(request, LoadRecovery):
             _copy_out(self._disk, Path(request.directory))
-        answer = await super().call(request, arrays)
+        return await super().call(request, arrays)
+
+    async def begin(self, request: SaveRequest) -> asyncio.Future[SaveReply]:
+        ended = await super().begin(request)
         if isinstance(request, SaveRecovery):
             _copy_in(self._disk, Path(request.directory))
-        return answer
+        return ended
 
 
 @contextlib.asynccontextmanager
@@ -161,10 +180,10 @@ def _start(image: SimulatedDisk, spec: TrainerSpec, ledger: Ledger) -> list[Reco
     return records
 
 
-def _completions(record: Record) -> list[Completed]:
+def _completions(record: Record) -> Sequence[Completed | SaveTaken]:
     if isinstance(record, PackCompleted):
         return record.completed
-    return [record] if isinstance(record, Completed) else []
+    return [record] if isinstance(record, Completed | SaveTaken) else []
 
 
 def _lost(ledger: Ledger, moment: Moment) -> Iterator[str]:
@@ -187,7 +206,7 @@ def _unrecoverable(
     spec: TrainerSpec,
     ledger: Ledger,
     records: list[Record],
-    completed: list[Completed],
+    completed: Sequence[Completed | SaveTaken],
 ) -> Iterator[str]:
     whole = [
         p.position for p in ledger.points if _is_whole(image, recovery_directory(spec) / p.name)

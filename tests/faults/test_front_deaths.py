@@ -130,6 +130,49 @@ def test_nothing_acknowledged_is_lost_or_done_twice(start, undisturbed, failpoin
     assert front.num_starts == 2, "the failpoint was never reached"
 
 
+SAVING = {
+    "save.before_taken": 2,
+    "save.after_taken": 5,
+    "durable.before_publish": 6,
+    "store.after_commit": 6,
+}
+"""Failpoints of the front and of its engine, and which time is the last. Of an engine's, so late that its
+second life does not come so far."""
+SAVES = ["save_weights_for_sampler", "save_weights", "save_weights_external"]
+
+
+def _saved_while_training(front: FrontProcess) -> list[dict[str, Any]]:
+    """Results of three saves behind each of three steps, which are only asked for at the end."""
+    model, pending = front.model(), []
+    for step in (0, 2, 4):
+        pending += submit_step(front, model, step)[-1:]
+        for seq, call in enumerate(SAVES, start=3 * step + 4):
+            more = {"checkpoint_type": "delta"} if call == SAVES[0] else {}
+            body = {"model_id": model, "seq_id": seq, "path": f"at-{step}"}
+            pending.append(front.call(call, **body, **more)["request_id"])
+    results = [front.result(request) for request in pending]
+    assert front.status().error is None
+    return [{k: v for k, v in each.items() if k not in ("metrics", "note")} for each in results]
+
+
+@pytest.fixture(scope="module")
+def saved_in_peace(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    front = FrontProcess(tmp_path_factory.mktemp("in-peace"))
+    try:
+        return _saved_while_training(front)
+    finally:
+        front.close()
+
+
+@pytest.mark.parametrize("failpoint", SAVING)
+def test_a_save_in_flight_when_its_engine_or_front_is_killed_has_the_same_bytes(
+    start, saved_in_peace: list[dict[str, Any]], failpoint: str
+) -> None:
+    front = start(failpoints=f"{failpoint}=kill@{SAVING[failpoint]}")
+    assert _saved_while_training(front) == saved_in_peace
+    assert front.num_starts == 2 or front.status().engine_restarts == 1, "never reached"
+
+
 def test_a_front_killed_while_it_takes_a_recovery_point_has_the_one_before(
     start, undisturbed
 ) -> None:

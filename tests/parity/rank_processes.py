@@ -9,7 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from homefire.wire.engine import Arrays, Failure, Reply, Request, Shutdown
+from homefire.wire.engine import (
+    Arrays,
+    Failure,
+    Reply,
+    Request,
+    SaveBegun,
+    SaveFinished,
+    Shutdown,
+)
 from homefire.wire.engine_frames import decode_reply, encode_request, read_frame
 
 
@@ -38,14 +46,21 @@ class RankedEngine:
             end.close()
 
     def ask(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        """The answer; that of a save is what became of it."""
         self._ours.sendall(encode_request(request, arrays))
-        frame = read_frame(self._ours)
-        if frame is None:
-            raise EOFError(f"the engine ended in {type(request).__name__}")
-        reply, found = decode_reply(frame)
+        reply, found = self._hear(request)
+        if isinstance(reply, SaveBegun | SaveFinished):
+            both = (reply, self._hear(request)[0])
+            reply = next(each.reply for each in both if isinstance(each, SaveFinished))
         if isinstance(reply, Failure):
             raise reply.error.exception()
         return reply, found
+
+    def _hear(self, request: Request) -> tuple[Reply, Arrays]:
+        frame = read_frame(self._ours)
+        if frame is None:
+            raise EOFError(f"the engine ended in {type(request).__name__}")
+        return decode_reply(frame)
 
     def close(self) -> list[int]:
         """Exit statuses."""

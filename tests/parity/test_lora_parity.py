@@ -136,9 +136,9 @@ def hugging_face(directory: Path):
 
 
 def save(engine, identity: str, checkpoint_type: str, slot: str = "policy"):
-    return engine.save_sampler(
+    return engine.prepare_save(
         SaveSampler(slot=slot, identity=identity, checkpoint_type=checkpoint_type)
-    )
+    ).write()
 
 
 def snapshot(store: Path, identity: str, slot: str = "policy") -> Path:

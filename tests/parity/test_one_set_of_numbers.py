@@ -105,9 +105,9 @@ class OnPolicyLoop:
     def hot_load(self) -> None:
         identity = f"step-{len(self.saved)}"
         self.saved.append(
-            self.trainer.save_sampler(
+            self.trainer.prepare_save(
                 SaveSampler(slot=WHERE.slot, identity=identity, checkpoint_type="delta")
-            )
+            ).write()
         )
         weights = read_weights(self.store, WHERE, identity, None)
         assert weights.served.digest == self.saved[-1].digest

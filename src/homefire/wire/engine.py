@@ -339,6 +339,9 @@ Request = (
     | Shutdown
 )
 
+SaveRequest = SaveSampler | SaveExternal | SaveState | SaveRecovery
+"""Those that are answered by `SaveBegun`, or at once where a copy would not fit into memory."""
+
 # Replies -------------------------------------------------------------------------------------
 
 
@@ -448,6 +451,23 @@ class RowsByMember(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     members: list[Rows | Failure]
 
 
+class SaveBegun(msgspec.Struct, frozen=True, tag=True):
+    """The bytes to save are copied, so what follows may change the live ones. What became of the save
+    follows, in the order in which saves began: `SaveFinished` with this ticket."""
+
+    ticket: int
+
+
+SaveReply = SamplerSaved | ExternalSaved | StateSaved | RecoverySaved | Failure
+
+
+class SaveFinished(msgspec.Struct, frozen=True, tag=True):
+    """Not an answer: it may come at any time, also before that to the next request."""
+
+    ticket: int
+    reply: SaveReply
+
+
 Reply = (
     ModelOpened
     | SlotOpened
@@ -464,4 +484,6 @@ Reply = (
     | Digest
     | Done
     | Failure
+    | SaveBegun
+    | SaveFinished
 )

@@ -3,7 +3,8 @@
 One frame = `<4s magic><u32 header bytes><u64 body bytes>`, then a msgpack header, then raw arrays.
 The header is an `Envelope`: the message (a tagged struct) and, per array, where it lies in the body.
 Arrays are C-contiguous, little-endian, each aligned to 8 bytes. The front sends one request at a
-time; the engine answers each with one reply: its result struct, or `Failure`.
+time; the engine answers each with one reply: its result struct, or `Failure`. Between replies it may send
+`SaveFinished` for saves that it answered with `SaveBegun`.
 """
 
 from __future__ import annotations

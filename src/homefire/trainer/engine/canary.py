@@ -8,7 +8,7 @@ import numpy as np
 
 from homefire.checkpoints.canary import canary_tokens
 from homefire.trainer.engine.network import FrozenWeights, Network, PackedTargets
-from homefire.trainer.engine.slots import Slot
+from homefire.trainer.engine.slots import Committed, Slot
 from homefire.wire.manifest import Canary
 
 Logprobs = tuple[float, ...]
@@ -28,17 +28,19 @@ class CanaryProbe:
         if self._of_base is None:
             self._of_base = self._score(weights)
 
-    def of(self, slot: Slot) -> Canary | None:
-        """None where the weights give nothing finite."""
+    def score(self, slot: Slot) -> Logprobs | None:
+        """None where the live weights give nothing finite."""
         logprobs = self._score(slot.weights)
-        if not all(map(math.isfinite, logprobs)):
-            return None
-        return Canary(self._tokens, logprobs, self._of_parent(slot), self._compute_dtype)
+        return logprobs if all(map(math.isfinite, logprobs)) else None
 
-    def _of_parent(self, slot: Slot) -> Logprobs | None:
-        if slot.committed is None:
+    def canary(self, scored: Logprobs, parent: Committed | None) -> Canary:
+        """Of a snapshot whose weights gave `scored`; `parent` is the one before it."""
+        return Canary(self._tokens, scored, self._of_parent(parent), self._compute_dtype)
+
+    def _of_parent(self, parent: Committed | None) -> Logprobs | None:
+        if parent is None:
             return self._of_base
-        canary = slot.committed.manifest.canary
+        canary = parent.manifest.canary
         return None if canary is None else canary.logprobs
 
     def _score(self, weights: FrozenWeights) -> Logprobs:

@@ -40,6 +40,7 @@ from homefire.trainer.engine.losses import (
     metrics,
 )
 from homefire.trainer.engine.network import Network, TrainableWeights
+from homefire.trainer.engine.saves import PreparedSave
 from homefire.trainer.engine.second_try import Replan, with_second_try
 from homefire.trainer.engine.slots import Committed, Slot, Slots
 from homefire.wire.engine import (
@@ -50,7 +51,6 @@ from homefire.wire.engine import (
     DiscardGradients,
     Done,
     ExecutionPlan,
-    ExternalSaved,
     Forward,
     ForwardBackward,
     GradientsDiscarded,
@@ -64,18 +64,18 @@ from homefire.wire.engine import (
     OptimStep,
     PackedForwardBackward,
     RecoveryLoaded,
-    RecoverySaved,
     Rows,
     RowsByMember,
     SamplerSaved,
     SaveExternal,
     SaveRecovery,
+    SaveReply,
+    SaveRequest,
     SaveSampler,
     SaveState,
     SlotKind,
     SlotOpened,
     StateLoaded,
-    StateSaved,
     Stepped,
     WeightsDigest,
     by_member,
@@ -315,30 +315,29 @@ class SlotEngine:
 
     # Saving and loading --------------------------------------------------------------------------
 
-    def save_sampler(self, request: SaveSampler) -> SamplerSaved:
-        slot = self._slots.get(request.slot)
-        return snapshots.save_sampler(self._bucket, slot, request, self._model.canary)
-
-    def save_external(self, request: SaveExternal) -> ExternalSaved:
-        return snapshots.save_external(self._bucket, self._slots.get(request.slot), request)
+    def prepare_save(self, request: SaveRequest) -> PreparedSave[SaveReply]:
+        match request:
+            case SaveRecovery():
+                return recovery.prepare_recovery(Path(request.directory), self._slots.all())
+            case SaveSampler():
+                slot = self._slots.get(request.slot)
+                return snapshots.prepare_sampler(self._bucket, slot, request, self._model.canary)
+            case SaveExternal():
+                prepare = snapshots.prepare_external
+                return prepare(self._bucket, self._slots.get(request.slot), request)
+            case SaveState():
+                prepare = states.prepare_state
+                return prepare(self._bucket, self._slots.get(request.slot), request)
 
     def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved:
         slot = self._slots.get(request.slot)
         return snapshots.adopt_snapshot(self._bucket, slot, request.identity)
-
-    def save_state(self, request: SaveState) -> StateSaved:
-        return states.save_state(self._bucket, self._slots.get(request.slot), request)
 
     def load_state(self, request: LoadState) -> StateLoaded:
         return states.load_state(self._about_to_change(request.slot), request)
 
     def load_adapter(self, request: LoadAdapter) -> StateLoaded:
         return adapters.load_adapter(self._about_to_change(request.slot), request)
-
-    def save_recovery(self, request: SaveRecovery) -> RecoverySaved:
-        slots = self._slots.all()
-        size_bytes = recovery.write_recovery(Path(request.directory), slots)
-        return RecoverySaved(size_bytes=size_bytes, slots=[slot.opened() for slot in slots])
 
     def load_recovery(self, request: LoadRecovery) -> RecoveryLoaded:
         """Opens every slot of the recovery point, or none of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from homefire.trainer.engine.saves import PreparedSave
 from homefire.wire.engine import (
     AdoptSnapshot,
     Arrays,
@@ -11,7 +12,6 @@ from homefire.wire.engine import (
     Digest,
     DiscardGradients,
     Done,
-    ExternalSaved,
     Forward,
     ForwardBackward,
     GradientsDiscarded,
@@ -24,17 +24,13 @@ from homefire.wire.engine import (
     OptimStep,
     PackedForwardBackward,
     RecoveryLoaded,
-    RecoverySaved,
     Rows,
     RowsByMember,
     SamplerSaved,
-    SaveExternal,
-    SaveRecovery,
-    SaveSampler,
-    SaveState,
+    SaveReply,
+    SaveRequest,
     SlotOpened,
     StateLoaded,
-    StateSaved,
     Stepped,
     WeightsDigest,
 )
@@ -71,19 +67,15 @@ class TrainingEngine(Protocol):
 
     def discard_gradients(self, request: DiscardGradients) -> GradientsDiscarded: ...
 
-    def save_sampler(self, request: SaveSampler) -> SamplerSaved: ...
-
-    def save_external(self, request: SaveExternal) -> ExternalSaved: ...
+    def prepare_save(self, request: SaveRequest) -> PreparedSave[SaveReply]:
+        """Nothing is written yet. What it gives must be kept, or written, before the next call."""
+        ...
 
     def adopt_snapshot(self, request: AdoptSnapshot) -> SamplerSaved: ...
-
-    def save_state(self, request: SaveState) -> StateSaved: ...
 
     def load_state(self, request: LoadState) -> StateLoaded: ...
 
     def load_adapter(self, request: LoadAdapter) -> StateLoaded: ...
-
-    def save_recovery(self, request: SaveRecovery) -> RecoverySaved: ...
 
     def load_recovery(self, request: LoadRecovery) -> RecoveryLoaded: ...
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,8 +20,9 @@ import msgspec
 from homefire.checkpoints import FileEntry, Tensors, read_safetensors, write_safetensors
 from homefire.checkpoints.file_digest import file_entry
 from homefire.foundation.durable import publish_directory
+from homefire.trainer.engine.saves import PreparedSave, num_bytes, owned
 from homefire.trainer.engine.slots import Accumulated, Slot
-from homefire.wire.engine import LoraSpec, SlotKind
+from homefire.wire.engine import LoraSpec, RecoverySaved, SlotKind, SlotOpened
 from homefire.wire.errors import DigestMismatch, FailedPrecondition, StorageFailed
 from homefire.wire.manifest import Manifest
 
@@ -50,15 +53,41 @@ class RecoveryRecord(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
 
 
-def write_recovery(directory: Path, slots: list[Slot]) -> int:
-    """Publishes the directory whole and durable, or not at all; returns its size in bytes."""
+def prepare_recovery(directory: Path, slots: list[Slot]) -> PreparedSave[RecoverySaved]:
+    """Published whole and durable as `directory`, or not at all."""
     if directory.exists():
         raise FailedPrecondition(f"recovery point {directory} exists already")
+    live = [_take(slot) for slot in slots]
+
+    def write(taken: list[_Taken]) -> RecoverySaved:
+        size_bytes = write_recovery(directory, taken)
+        return RecoverySaved(size_bytes=size_bytes, slots=[each.opened for each in taken])
+
+    return PreparedSave(
+        sum(num_bytes(*each.parts.values()) for each in live),
+        write=partial(write, live),
+        keep=lambda: partial(write, [_own(each) for each in live]),
+    )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A slot as it was when its bytes were taken."""
+
+    slot: Slot
+    """Only for its parent snapshot: it is known when the saves before this one are written."""
+    opened: SlotOpened
+    accumulated: Accumulated
+    parts: dict[str, Tensors]
+
+
+def write_recovery(directory: Path, taken: list[_Taken]) -> int:
+    """The size in bytes."""
     aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.tmp")
     try:
         aside.mkdir(parents=True)
-        files = {name: entry for slot in slots for name, entry in _write_slot(aside, slot)}
-        record = RecoveryRecord(slots=[_record(slot) for slot in slots], files=files)
+        files = {name: entry for each in taken for name, entry in _write_slot(aside, each)}
+        record = RecoveryRecord(slots=[_record(each) for each in taken], files=files)
         (aside / RECORD_FILE).write_bytes(msgspec.json.encode(record))
         publish_directory(aside, directory)
     except OSError as exc:
@@ -92,15 +121,24 @@ def read_part(directory: Path, record: RecoveryRecord, slot: str, part: str) -> 
     return read_safetensors(directory / name) if name in record.files else {}
 
 
-def _write_slot(directory: Path, slot: Slot) -> list[tuple[str, FileEntry]]:
-    if slot.trained is None:
-        return []
-    held = slot.trained.files()
-    parts = zip(_PARTS, (held.masters, held.optimizer, held.gradient), strict=True)
+def _take(slot: Slot) -> _Taken:
+    """Views of the live weights."""
+    parts: dict[str, Tensors] = {}
+    if slot.trained is not None:
+        held = slot.trained.files()
+        parts = dict(zip(_PARTS, (held.masters, held.optimizer, held.gradient), strict=True))
+    return _Taken(slot, slot.opened(), slot.accumulated, parts)
+
+
+def _own(taken: _Taken) -> _Taken:
+    return replace(taken, parts={part: owned(tensors) for part, tensors in taken.parts.items()})
+
+
+def _write_slot(directory: Path, taken: _Taken) -> list[tuple[str, FileEntry]]:
     return [
         (name, write_safetensors(directory / name, tensors))
-        for part, tensors in parts
-        if tensors and (name := _file_name(slot.name, part))
+        for part, tensors in taken.parts.items()
+        if tensors and (name := _file_name(taken.opened.slot, part))
     ]
 
 
@@ -108,14 +146,15 @@ def _file_name(slot: str, part: str) -> str:
     return f"{slot}.{part}.safetensors"
 
 
-def _record(slot: Slot) -> SlotRecord:
+def _record(taken: _Taken) -> SlotRecord:
+    opened, accumulated, committed = taken.opened, taken.accumulated, taken.slot.committed
     return SlotRecord(
-        name=slot.name,
-        kind=slot.kind,
-        lora=slot.lora,
-        step=slot.step,
-        num_backward_calls=slot.accumulated.num_backward_calls,
-        num_loss_tokens=slot.accumulated.num_loss_tokens,
-        num_sequences=slot.accumulated.num_sequences,
-        parent=slot.committed.manifest if slot.committed else None,
+        name=opened.slot,
+        kind=opened.kind,
+        lora=opened.lora,
+        step=opened.step,
+        num_backward_calls=accumulated.num_backward_calls,
+        num_loss_tokens=accumulated.num_loss_tokens,
+        num_sequences=accumulated.num_sequences,
+        parent=committed.manifest if committed else None,
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from homefire.checkpoints import (
     CheckpointFamily,
@@ -22,8 +25,9 @@ from homefire.checkpoints import (
 )
 from homefire.checkpoints.lineage import MAX_CHAIN
 from homefire.trainer.engine.bucket import Bucket
-from homefire.trainer.engine.canary import CanaryProbe
+from homefire.trainer.engine.canary import CanaryProbe, Logprobs
 from homefire.trainer.engine.network import MergedWeights
+from homefire.trainer.engine.saves import PreparedSave, already_own, num_bytes
 from homefire.trainer.engine.slots import Committed, Slot
 from homefire.wire.engine import (
     MERGED_BASE,
@@ -45,41 +49,61 @@ from homefire.wire.errors import (
 log = logging.getLogger(__name__)
 
 
-def save_sampler(
+def prepare_sampler(
     bucket: Bucket, slot: Slot, request: SaveSampler, probe: CanaryProbe
-) -> SamplerSaved:
-    """Writes and commits the slot's serving weights, and makes them the parent of the next delta."""
+) -> PreparedSave[SamplerSaved]:
+    """The slot's serving weights, committed and made the parent of the next delta."""
     _check_type(request.checkpoint_type)
     trained = slot.trainable()
-    if request.checkpoint_type == MERGED_BASE:
-        return _save_merged(bucket, slot, trained.merged(), request)
     key = bucket.key(slot.name, CheckpointFamily.SAMPLER, request.identity)
-    serving = trained.serving()
-    if bucket.store.exists(key):
-        manifest, note = _same_again(bucket.store.manifest(key), serving), "saved before"
-    else:
-        info = bucket.info(
-            step=slot.step,
-            metadata=request.metadata,
-            ttl_seconds=request.ttl_seconds,
-            canary=probe.of(slot),
-        )
-        manifest, note = _write(bucket, slot, key, serving, info, request.checkpoint_type)
-    slot.committed = Committed(manifest, serving)
+    info = bucket.info(step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds)
+    if request.checkpoint_type == MERGED_BASE:
+        merged = trained.merged()
+        write = partial(_save_merged, bucket, key, merged, info)
+        return already_own(num_bytes(merged.tensors), write)
+    taken = _Taken(bucket, slot, key, trained.serving(), info, trained.adapter_config())
+    scored = None if bucket.store.exists(key) else probe.score(slot)
+    write = partial(_save_sampler, taken, request.checkpoint_type, probe, scored)
+    return already_own(num_bytes(taken.serving), write)
+
+
+def prepare_external(
+    bucket: Bucket, slot: Slot, request: SaveExternal
+) -> PreparedSave[ExternalSaved]:
+    """The serving weights whole. The slot's chain of deltas does not notice."""
+    trained = slot.trainable()
+    key = bucket.key(slot.name, CheckpointFamily.EXTERNAL, request.name)
+    info = bucket.info(step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds)
+    taken = _Taken(bucket, slot, key, trained.serving(), info, trained.adapter_config())
+    return already_own(num_bytes(taken.serving), partial(_save_external, taken))
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a snapshot is made of, as it was when its bytes were taken."""
+
+    bucket: Bucket
+    slot: Slot
+    """Only for its parent snapshot, which saves change in their order, and its name."""
+    key: CheckpointKey
+    serving: Tensors
+    info: SnapshotInfo
+    adapter_config: dict[str, Any] | None
+
+
+def _save_sampler(
+    taken: _Taken, checkpoint_type: str, probe: CanaryProbe, scored: Logprobs | None
+) -> SamplerSaved:
+    if scored is not None:
+        info = replace(taken.info, canary=probe.canary(scored, taken.slot.committed))
+        taken = replace(taken, info=info)
+    manifest, note = _write_or_find(taken, checkpoint_type)
+    taken.slot.committed = Committed(manifest, taken.serving)
     return _saved(manifest, note)
 
 
-def save_external(bucket: Bucket, slot: Slot, request: SaveExternal) -> ExternalSaved:
-    """Writes and commits the serving weights whole. The slot's chain of deltas does not notice."""
-    key = bucket.key(slot.name, CheckpointFamily.EXTERNAL, request.name)
-    serving = slot.trainable().serving()
-    if bucket.store.exists(key):
-        manifest = _same_again(bucket.store.manifest(key), serving)
-    else:
-        info = bucket.info(
-            step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds
-        )
-        manifest, _ = _write(bucket, slot, key, serving, info, "base")
+def _save_external(taken: _Taken) -> ExternalSaved:
+    manifest, _ = _write_or_find(taken, "base")
     return ExternalSaved(
         name=manifest.identity,
         kind=CheckpointKind(manifest.kind).value,
@@ -90,13 +114,11 @@ def save_external(bucket: Bucket, slot: Slot, request: SaveExternal) -> External
 
 
 def _save_merged(
-    bucket: Bucket, slot: Slot, merged: MergedWeights, request: SaveSampler
+    bucket: Bucket, key: CheckpointKey, merged: MergedWeights, info: SnapshotInfo
 ) -> SamplerSaved:
     """A whole model beside the slot's own snapshots: nothing is ever a delta of it."""
-    key = bucket.key(slot.name, CheckpointFamily.SAMPLER, request.identity)
     if bucket.store.exists(key):
         return _saved(_same_again(bucket.store.manifest(key), merged.tensors), "saved before")
-    info = bucket.info(step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds)
     manifest = write_base(
         bucket.store,
         key,
@@ -106,6 +128,17 @@ def _save_merged(
         config_changes=merged.config_changes,
     )
     return _saved(manifest, "the adapter was merged into the base model")
+
+
+def _write_or_find(taken: _Taken, checkpoint_type: str) -> tuple[Manifest, str]:
+    """Twice is once: also when an engine whose front is gone commits it at the same time."""
+    store, key = taken.bucket.store, taken.key
+    if not store.exists(key):
+        try:
+            return _write(taken, checkpoint_type)
+        except DuplicateCheckpoint:
+            log.info("%s came into being meanwhile", key)
+    return _same_again(store.manifest(key), taken.serving), "saved before"
 
 
 def adopt_snapshot(bucket: Bucket, slot: Slot, identity: str) -> SamplerSaved:
@@ -154,16 +187,16 @@ def _same_again(manifest: Manifest, serving: Tensors) -> Manifest:
     return manifest
 
 
-def _write(
-    bucket: Bucket,
-    slot: Slot,
-    key: CheckpointKey,
-    serving: Tensors,
-    info: SnapshotInfo,
-    checkpoint_type: str,
-) -> tuple[Manifest, str]:
+def _write(taken: _Taken, checkpoint_type: str) -> tuple[Manifest, str]:
     """The manifest, and a note where what was written is not what was asked."""
-    config = slot.trainable().adapter_config()
+    bucket, slot, key, serving, info = (
+        taken.bucket,
+        taken.slot,
+        taken.key,
+        taken.serving,
+        taken.info,
+    )
+    config = taken.adapter_config
     if config is not None and slot.lora is not None:
         lora = lora_manifest(slot.lora)
         return write_lora(bucket.store, key, serving, info, adapter_config=config, lora=lora), ""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from homefire.checkpoints import (
     CheckpointFamily,
+    CheckpointKey,
+    CheckpointStore,
+    LoraManifest,
     Manifest,
+    SnapshotInfo,
     Tensors,
     digest_tensors,
     read_state,
@@ -14,6 +19,7 @@ from homefire.checkpoints import (
     write_state,
 )
 from homefire.trainer.engine.bucket import Bucket
+from homefire.trainer.engine.saves import PreparedSave, num_bytes, owned
 from homefire.trainer.engine.slots import Slot
 from homefire.trainer.engine.snapshots import lora_manifest
 from homefire.wire.engine import LoadState, SaveState, StateLoaded, StateSaved
@@ -23,29 +29,40 @@ WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
-def save_state(bucket: Bucket, slot: Slot, request: SaveState) -> StateSaved:
-    """Commits `state/<name>`. The same state again under its name succeeds; another is refused
+def prepare_state(bucket: Bucket, slot: Slot, request: SaveState) -> PreparedSave[StateSaved]:
+    """Committed as `state/<name>`. The same state again under its name succeeds; another is refused
     unless `overwrite`."""
-    trained = slot.trainable()
+    held = slot.trainable().files()
     key = bucket.key(slot.name, CheckpointFamily.STATE, request.name)
-    held = trained.files()
-    files = {WEIGHTS_FILE: held.masters, OPTIMIZER_FILE: held.optimizer}
-    if bucket.store.exists(key) and not request.overwrite:
-        manifest = _same_again(bucket.store.manifest(key), files)
+    info = bucket.info(step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds)
+    lora = lora_manifest(slot.lora) if slot.lora else None
+
+    def write(masters: Tensors, optimizer: Tensors) -> StateSaved:
+        files = {WEIGHTS_FILE: masters, OPTIMIZER_FILE: optimizer}
+        return _save(bucket.store, key, files, info, lora, overwrite=request.overwrite)
+
+    return PreparedSave(
+        num_bytes(held.masters, held.optimizer),
+        write=partial(write, held.masters, held.optimizer),
+        keep=lambda: partial(write, owned(held.masters), owned(held.optimizer)),
+    )
+
+
+def _save(
+    store: CheckpointStore,
+    key: CheckpointKey,
+    files: dict[str, Tensors],
+    info: SnapshotInfo,
+    lora: LoraManifest | None,
+    *,
+    overwrite: bool,
+) -> StateSaved:
+    if store.exists(key) and not overwrite:
+        manifest = _same_again(store.manifest(key), files)
     else:
-        info = bucket.info(
-            step=slot.step, metadata=request.metadata, ttl_seconds=request.ttl_seconds
-        )
-        manifest = write_state(
-            bucket.store,
-            key,
-            files,
-            info,
-            overwrite=request.overwrite,
-            lora=lora_manifest(slot.lora) if slot.lora else None,
-        )
+        manifest = write_state(store, key, files, info, overwrite=overwrite, lora=lora)
     return StateSaved(
-        name=request.name,
+        name=key.name,
         step=manifest.step,
         size_bytes=manifest.size_bytes,
         digest=manifest.digest,

@@ -6,9 +6,11 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
+
+import msgspec
 
 from homefire.wire.engine import (
     Arrays,
@@ -16,6 +18,10 @@ from homefire.wire.engine import (
     Failure,
     Reply,
     Request,
+    SaveBegun,
+    SaveFinished,
+    SaveReply,
+    SaveRequest,
     Shutdown,
 )
 from homefire.wire.engine_frames import PREFIX_BYTES, decode_reply, encode_request, frame_rest
@@ -40,6 +46,12 @@ class Engine(Protocol):
         """Raises what the engine reports, or EngineDied."""
         ...
 
+    async def begin(self, request: SaveRequest) -> asyncio.Future[SaveReply]:
+        """A save: its bytes are taken when this returns, and it is durable, or has failed, when the future
+        is done. Futures are done in the order of their saves; EngineDied when the engine died first.
+        """
+        ...
+
     async def wait(self) -> int:
         """Blocks until the engine ends; its exit status."""
         ...
@@ -51,6 +63,14 @@ class Engine(Protocol):
     async def kill(self) -> int:
         """At once, and harmless when it has ended; its exit status."""
         ...
+
+
+async def ended(save: Awaitable[SaveReply], kind: type[Answer]) -> Answer:
+    """What a save that began became. Raises why it failed, or EngineDied."""
+    reply = await save
+    if isinstance(reply, Failure):
+        raise reply.error.exception()
+    return expect(reply, kind)
 
 
 async def ask(engine: Engine, message: Request, kind: type[Answer]) -> Answer:
@@ -75,8 +95,13 @@ class EngineProcess:
         writer: asyncio.StreamWriter,
     ) -> None:
         self._process = process
-        self._reader = reader
         self._writer = writer
+        self._answer: asyncio.Future[tuple[Reply, Arrays]] | None = None
+        """To the request that runs."""
+        self._saves: dict[int, asyncio.Future[SaveReply]] = {}
+        """By ticket."""
+        self._has_ended = False
+        self._listening = asyncio.create_task(self._listen(reader))
 
     @classmethod
     async def start(
@@ -103,17 +128,24 @@ class EngineProcess:
         return self._process.pid
 
     async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        self._answer = asyncio.get_running_loop().create_future()
         try:
+            if self._has_ended:
+                raise EngineDied("it has ended")
             self._writer.write(encode_request(request, arrays))
             await self._writer.drain()
-            prefix = await self._reader.readexactly(PREFIX_BYTES)
-            rest = await self._reader.readexactly(frame_rest(prefix))
-        except (asyncio.IncompleteReadError, OSError) as exc:
+            reply, answered = await self._answer
+        except (EngineDied, OSError) as exc:
             raise EngineDied(f"the engine died during {type(request).__name__}") from exc
-        reply, answered = decode_reply(prefix + rest)
         if isinstance(reply, Failure):
             raise reply.error.exception()
         return reply, answered
+
+    async def begin(self, request: SaveRequest) -> asyncio.Future[SaveReply]:
+        reply, _ = await self.call(request)
+        if isinstance(reply, SaveBegun):
+            return self._save(reply.ticket)
+        return save_done(reply)
 
     async def wait(self) -> int:
         return await self._process.wait()
@@ -124,7 +156,7 @@ class EngineProcess:
 
     async def end(self) -> int:
         """Closes the socket, at which an engine exits; kills it if it does not. Its exit status."""
-        self._writer.close()
+        self._hang_up()
         try:
             async with asyncio.timeout(_EXIT_TIMEOUT_S):
                 return await self._process.wait()
@@ -133,10 +165,61 @@ class EngineProcess:
             return await self._process.wait()
 
     async def kill(self) -> int:
-        self._writer.close()
+        self._hang_up()
         if self._process.returncode is None:
             self._process.kill()
         return await self._process.wait()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Until the engine ends: each reply to whom it is for."""
+        try:
+            while True:
+                prefix = await reader.readexactly(PREFIX_BYTES)
+                frame = prefix + await reader.readexactly(frame_rest(prefix))
+                self._hear(*decode_reply(frame))
+        except (asyncio.IncompleteReadError, OSError, ValueError, msgspec.DecodeError) as exc:
+            self._end_all(exc)
+
+    def _hear(self, reply: Reply, arrays: Arrays) -> None:
+        if isinstance(reply, SaveFinished):
+            _settle(self._save(reply.ticket), reply.reply)
+        elif self._answer is not None:
+            _settle(self._answer, (reply, arrays))
+
+    def _save(self, ticket: int) -> asyncio.Future[SaveReply]:
+        """Asked for twice, when the save has begun and when it ended, in either order."""
+        found = self._saves.pop(ticket, None)
+        if found is not None:
+            return found
+        self._saves[ticket] = asyncio.get_running_loop().create_future()
+        return self._saves[ticket]
+
+    def _hang_up(self) -> None:
+        self._writer.close()
+        self._listening.cancel()
+        self._end_all(None)
+
+    def _end_all(self, why: Exception | None) -> None:
+        self._has_ended = True
+        for waiting in (self._answer, *self._saves.values()):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(EngineDied(f"the engine's stream ended: {why}"))
+                waiting.exception()  # whoever waits hears of it; nobody may be left
+
+
+def save_done(reply: Reply) -> asyncio.Future[SaveReply]:
+    """The future of a save that was written at once."""
+    done: asyncio.Future[SaveReply] = asyncio.get_running_loop().create_future()
+    if not isinstance(reply, SaveReply):
+        raise InternalError(f"the engine answered a save with {type(reply).__name__}")
+    done.set_result(reply)
+    return done
+
+
+def _settle(future: asyncio.Future[Answer], result: Answer) -> None:
+    """Unless whoever waited was cancelled."""
+    if not future.done():
+        future.set_result(result)
 
 
 async def start_rank(

@@ -14,7 +14,7 @@ from homefire.trainer.front.engine_process import (
     ask,
     start_rank,
 )
-from homefire.wire.engine import Arrays, Done, Reply, Request, Shutdown
+from homefire.wire.engine import Arrays, Done, Reply, Request, SaveReply, SaveRequest, Shutdown
 from homefire.wire.specs import EngineKind, TrainerSpec
 
 _RENDEZVOUS = "ranks-"
@@ -83,6 +83,13 @@ class EngineRanks:
     async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
         try:
             return await self._first.call(request, arrays)
+        except EngineDied as exc:
+            await self.wait()
+            raise EngineDied(f"{self._ended} during {type(request).__name__}") from exc
+
+    async def begin(self, request: SaveRequest) -> asyncio.Future[SaveReply]:
+        try:
+            return await self._first.begin(request)
         except EngineDied as exc:
             await self.wait()
             raise EngineDied(f"{self._ended} during {type(request).__name__}") from exc

@@ -6,11 +6,12 @@ One object per life of the engine. It knows which slots are open there and how m
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 
 from homefire.checkpoints import CheckpointStore
 from homefire.trainer.front import operations
-from homefire.trainer.front.engine_process import Engine, ask, expect
+from homefire.trainer.front.engine_process import Engine, ask, ended, expect
 from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.operations import (
     CreateHandle,
@@ -20,6 +21,7 @@ from homefire.trainer.front.operations import (
     Refused,
     RunPass,
     SaveExternalWeights,
+    SaveOperation,
     SaveSnapshot,
     SaveTrainState,
     StepOptimizer,
@@ -87,6 +89,13 @@ class LiveModel:
         except HomefireError as error:
             return await self.fail(operation, handle, error)
 
+    async def begin_save(
+        self, request: Request, operation: SaveOperation, handle: Handle
+    ) -> Awaitable[Outcome]:
+        """Its bytes are taken. Raises what is wrong, here or when it is awaited, or EngineDied."""
+        _check_allowed(operation, handle)
+        return await self._checkpoints.begin_save(operation, handle, seq=request.seq)
+
     async def fail(self, operation: Operation, handle: Handle, error: HomefireError) -> Outcome:
         """The request fails. A step takes the gradient with it: what follows must not step it later.
 
@@ -112,12 +121,8 @@ class LiveModel:
                 return await self._run_pass(request, operation, handle)
             case StepOptimizer():
                 return await self._step(operation, handle)
-            case SaveTrainState():
-                return await self._checkpoints.save_state(operation, handle, seq=request.seq)
-            case SaveSnapshot():
-                return await self._checkpoints.save_snapshot(operation, handle)
-            case SaveExternalWeights():
-                return await self._checkpoints.save_external(operation, handle)
+            case SaveTrainState() | SaveSnapshot() | SaveExternalWeights():
+                return await (await self.begin_save(request, operation, handle))
             case LoadTrainState():
                 return await self._load(operation, handle)
             case LoadAdapterWeights():
@@ -251,10 +256,9 @@ class LiveModel:
         """Replay of a save. False when the snapshot was deleted since."""
         return await self._checkpoints.adopt_snapshot(slot, name)
 
-    async def save_recovery(self, directory: Path) -> int:
-        """Bytes written."""
-        message = wire.SaveRecovery(str(directory))
-        return (await ask(self._engine, message, wire.RecoverySaved)).size_bytes
+    async def begin_recovery(self, directory: Path) -> Awaitable[wire.RecoverySaved]:
+        save = await self._engine.begin(wire.SaveRecovery(str(directory)))
+        return ended(save, wire.RecoverySaved)
 
     async def load_recovery(self, directory: Path) -> None:
         loaded = await ask(self._engine, wire.LoadRecovery(str(directory)), wire.RecoveryLoaded)

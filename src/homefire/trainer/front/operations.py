@@ -147,6 +147,9 @@ Operation = (
     | Refused
 )
 
+SaveOperation = SaveTrainState | SaveSnapshot | SaveExternalWeights
+"""Those that go on after their bytes are taken."""
+
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 _decoder: msgspec.msgpack.Decoder[Operation] = msgspec.msgpack.Decoder(Operation)
 

@@ -79,6 +79,27 @@ class PackCompleted(msgspec.Struct, frozen=True, kw_only=True, tag="pack_complet
     """In the order of the pack; positions follow on one another."""
 
 
+class SaveTaken(msgspec.Struct, frozen=True, kw_only=True, tag="save_taken"):
+    """The bytes of a save are taken: what it saves is what history was here. Its result follows."""
+
+    request_id: str
+    position: int
+    """Among those of `Completed`."""
+    step: int
+    """Optimizer steps of the model's slot."""
+    at: float
+
+
+class SaveEnded(msgspec.Struct, frozen=True, kw_only=True, tag="save_ended"):
+    """A save that was taken is durable, or has failed. Replay does again those without this record."""
+
+    request_id: str
+    result: bytes
+    """Encoded `Result`."""
+    ok: bool
+    at: float
+
+
 class PointTaken(msgspec.Struct, frozen=True, kw_only=True, tag="point"):
     """A recovery point holds everything up to `position`."""
 
@@ -170,6 +191,8 @@ Record = (
     | Packed
     | Completed
     | PackCompleted
+    | SaveTaken
+    | SaveEnded
     | PointTaken
     | ResultsKept
     | Reopened

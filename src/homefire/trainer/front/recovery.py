@@ -8,7 +8,7 @@ touched here: the worker runs them afterwards.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,8 @@ from homefire.trainer.front.records import (
     PassResult,
     PlainResult,
     PointTaken,
+    SaveEnded,
+    SaveTaken,
     decode_result,
 )
 from homefire.trainer.front.sessions import Ledger, Request
@@ -58,6 +60,9 @@ _CHANGING = frozenset(OperationKind) - {
 }
 
 
+RedoSave = Callable[[LiveModel, str], Awaitable[None]]
+
+
 @dataclass
 class Recovered:
     point: str | None = None
@@ -74,11 +79,15 @@ class Recovery:
         spec: TrainerSpec,
         ledger: Ledger,
         progress: Callable[[int, int], None],
+        redo_save: RedoSave,
         disk: Disk = SYSTEM,
     ) -> None:
+        """`redo_save` is called with the request of each save that was taken and has not ended, when the
+        model is where it was taken."""
         self._spec = spec
         self._ledger = ledger
         self._progress = progress
+        self._redo_save = redo_save
         self._disk = disk
         self._journal = journal_directory(spec)
 
@@ -94,11 +103,15 @@ class Recovery:
         start = point.position if point else 0
         history = await asyncio.to_thread(_completed_after, self._journal, start, self._disk)
         self._check_complete(history, start)
-        request_ids = {c.request_id for together in history for c in together}
+        request_ids = {record.request_id for together in history for record in _records(together)}
         payloads = await asyncio.to_thread(_accepted, self._journal, request_ids, self._disk)
         for done, together in enumerate(history):
             self._progress(done, len(history))
             failpoint("recovery.before_replay")
+            if isinstance(together, SaveTaken):
+                await self._redo_save(model, together.request_id)
+                recovered.num_replayed += 1
+                continue
             accepted = [payloads.get(completed.request_id) for completed in together]
             if len(together) > 1:
                 await self._replay_pack(model, accepted, together, recovered)
@@ -125,8 +138,9 @@ class Recovery:
             raise damaged
         return None
 
-    def _check_complete(self, history: list[list[Completed]], start: int) -> None:
-        expected, found = self._ledger.position - start, sum(map(len, history))
+    def _check_complete(self, history: Sequence[Together], start: int) -> None:
+        expected = self._ledger.position - start
+        found = sum(len(_records(together)) for together in history)
         if found != expected:
             raise DigestMismatch(
                 f"the journal has {found} of the {expected} operations after {start}",
@@ -286,17 +300,55 @@ def _kept_points(spec: TrainerSpec, disk: Disk) -> list[str]:
         return []
 
 
-def _completed_after(directory: Path, position: int, disk: Disk) -> list[list[Completed]]:
-    """In order; those of one pack together."""
-    return [found for found in _completions(directory, disk) if found[0].position > position]
+Together = list[Completed] | SaveTaken
+"""What is replayed as one: a pack, a request alone, or a save that has not ended."""
 
 
-def _completions(directory: Path, disk: Disk) -> Iterator[list[Completed]]:
+def _completed_after(directory: Path, position: int, disk: Disk) -> list[Together]:
+    """In order."""
+    endings = {
+        r.request_id: r for _, r in read_journal(directory, disk) if isinstance(r, SaveEnded)
+    }
+    return [
+        _with_ending(together, endings)
+        for together in _history(directory, disk)
+        if _records(together)[0].position > position
+    ]
+
+
+def _history(directory: Path, disk: Disk) -> Iterator[Together]:
     for _, record in read_journal(directory, disk):
-        if isinstance(record, Completed):
-            yield [record]
-        elif isinstance(record, PackCompleted):
-            yield record.completed
+        match record:
+            case Completed():
+                yield [record]
+            case PackCompleted():
+                yield record.completed
+            case SaveTaken():
+                yield record
+            case _:
+                pass
+
+
+def _records(together: Together) -> Sequence[Completed | SaveTaken]:
+    return [together] if isinstance(together, SaveTaken) else together
+
+
+def _with_ending(together: Together, endings: Mapping[str, SaveEnded]) -> Together:
+    """A save that has ended was completed where it was taken."""
+    if not isinstance(together, SaveTaken):
+        return together
+    ended = endings.get(together.request_id)
+    if ended is None:
+        return together
+    taken = Completed(
+        request_id=together.request_id,
+        position=together.position,
+        result=ended.result,
+        ok=ended.ok,
+        step=together.step,
+        at=ended.at,
+    )
+    return [taken]
 
 
 def _accepted(directory: Path, request_ids: set[str], disk: Disk) -> dict[str, Accepted]:
@@ -307,4 +359,4 @@ def _accepted(directory: Path, request_ids: set[str], disk: Disk) -> dict[str, A
 
 def reaches_back(directory: Path, disk: Disk = SYSTEM) -> bool:
     """Whether the journal still has the first operation."""
-    return any(found[0].position == 1 for found in _completions(directory, disk))
+    return any(_records(found)[0].position == 1 for found in _history(directory, disk))

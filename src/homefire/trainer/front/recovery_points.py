@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Awaitable, Coroutine
+from typing import Any
 
 from homefire.foundation.clock import Clock
 from homefire.foundation.disk import SYSTEM, Disk
@@ -21,6 +23,7 @@ from homefire.trainer.front.records import PointTaken
 from homefire.trainer.front.recovery import recovery_directory
 from homefire.trainer.front.sessions import Ledger
 from homefire.trainer.front.trimming import Trimming
+from homefire.wire.engine import RecoverySaved
 from homefire.wire.specs import TrainerSpec
 
 _WRITE_SHARE = 20
@@ -53,6 +56,7 @@ class RecoveryPoints:
         self._write_s = 0.0
         self._num_bytes_before = 0
         """Written to the journal when the newest point was begun."""
+        self._is_writing = False
 
     @property
     def is_dirty(self) -> bool:
@@ -62,8 +66,9 @@ class RecoveryPoints:
 
     @property
     def due_in_s(self) -> float | None:
-        """Seconds until the next point should be taken; None while nothing has changed."""
-        if not self.is_dirty:
+        """Seconds until the next point should be taken; None while nothing has changed, or one is being
+        written."""
+        if not self.is_dirty or self._is_writing:
             return None
         interval_s = max(self._spec.recovery_interval_s, _WRITE_SHARE * self._write_s)
         if self._much_to_replay:
@@ -76,20 +81,36 @@ class RecoveryPoints:
         num_bytes = self._journal.num_bytes_written - self._num_bytes_before
         return num_bytes > self._spec.journal_cap_bytes // 4
 
-    async def take(self, model: LiveModel) -> None:
-        """Between operations. Raises HomefireError when it cannot be written; the old ones stay."""
+    async def begin(self, model: LiveModel) -> Coroutine[Any, Any, None]:
+        """Between operations. What it returns is to run when every save before it has ended; only then the
+        point counts. Raises HomefireError, as that may, when it cannot be written; the old ones stay.
+        """
         started = self._taken_at = self._clock.monotonic()
         self._num_bytes_before = self._journal.num_bytes_written
-        position = self._ledger.position
+        position, floor = self._ledger.position, self._ledger.floor(self._journal.segment)
         name = f"{position:012d}-{secrets.token_hex(3)}"
         make_directory(self._directory, disk=self._disk)
-        size_bytes = await model.save_recovery(self._directory / name)
-        failpoint("points.before_record")
-        floor = self._ledger.floor(self._journal.segment)
-        at = self._clock.now()
-        await self._journal.append(PointTaken(name=name, position=position, floor=floor, at=at))
-        failpoint("points.before_roll")
-        await self._journal.rotate(self._ledger.snapshot)
+        save = await model.begin_recovery(self._directory / name)
+        self._is_writing = True
+        return self._end(save, name, position, floor, started)
+
+    async def _end(
+        self,
+        save: Awaitable[RecoverySaved],
+        name: str,
+        position: int,
+        floor: int,
+        started: float,
+    ) -> None:
+        try:
+            size_bytes = (await save).size_bytes
+            failpoint("points.before_record")
+            at = self._clock.now()
+            await self._journal.append(PointTaken(name=name, position=position, floor=floor, at=at))
+            failpoint("points.before_roll")
+            await self._journal.rotate(self._ledger.snapshot)
+        finally:
+            self._is_writing = False
         self._write_s = self._clock.monotonic() - started
         failpoint("points.before_trim")
         await self.delete_leftovers()

@@ -127,8 +127,8 @@ class Replay:
             policy = slot_policy(self._spec, ledger)
             graphs = GraphBoard(self._clock, limit_s=self._spec.held_graph_limit_s)
             model = await open_model(engine, self._spec, store, policy, graphs)
-            recovered = await Recovery(self._spec, ledger, progress).run(model, points)
-            await model.save_recovery(self._workspace / name)
+            recovered = await Recovery(self._spec, ledger, progress, _leave).run(model, points)
+            await (await model.begin_recovery(self._workspace / name))
             slots = {slot: await _end_of(model, slot) for slot in model.open_slots}
             await engine.shut_down()
         finally:
@@ -140,6 +140,10 @@ class Replay:
         for segment, record in read_journal(journal_directory(self._spec)):
             ledger.apply(record, segment)
         return ledger
+
+
+async def _leave(model: LiveModel, request_id: str) -> None:
+    """A save that had not ended when the journal was copied is the job's own."""
 
 
 async def _end_of(model: LiveModel, slot: str) -> SlotEnd:

@@ -19,7 +19,12 @@ from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.journal import Journal, read_journal
 from homefire.trainer.front.live_model import LiveModel, open_model
 from homefire.trainer.front.records import Reopened
-from homefire.trainer.front.recovery import Recovery, journal_directory, recovery_directory
+from homefire.trainer.front.recovery import (
+    Recovery,
+    RedoSave,
+    journal_directory,
+    recovery_directory,
+)
 from homefire.trainer.front.recovery_points import RecoveryPoints
 from homefire.trainer.front.sessions import Ledger
 from homefire.trainer.front.slot_policy import slot_policy
@@ -117,12 +122,15 @@ class Front:
             events=self.events,
             status=self.status,
             points=self._points,
-            recovery=Recovery(self.spec, self.ledger, self.status.replaying, self._disk),
+            make_recovery=self._make_recovery,
             start_engine=self._start_engine,
             open_model=self._open_model,
             turns=Turns(self.ledger, pooled=self.spec.pooled),
             pack_tokens=self.spec.micro_batch_tokens,
         )
+
+    def _make_recovery(self, redo_save: RedoSave) -> Recovery:
+        return Recovery(self.spec, self.ledger, self.status.replaying, redo_save, self._disk)
 
     async def _start_process(self) -> Engine:
         return await start_engine(self.spec)

@@ -28,6 +28,8 @@ from homefire.trainer.front.records import (
     Record,
     Reopened,
     ResultsKept,
+    SaveEnded,
+    SaveTaken,
     Seen,
     SessionCreated,
     Snapshot,
@@ -81,8 +83,10 @@ class Ledger:
         """By model id."""
         self.points: list[PointTaken] = []
         """Recovery points, oldest first."""
-        self.has_loaded = False
-        """A state was loaded since the newest point: a recovery would load it again."""
+        self.saving: dict[str, SaveTaken] = {}
+        """Of `requests`, saves that are taken and have not ended."""
+        self._loaded_at = 0
+        """Position of the last request that loaded a state."""
         self.steps: dict[str, int] = {}
         """Optimizer steps by slot, closed slots included."""
         self.position = 0
@@ -104,9 +108,12 @@ class Ledger:
             case PackCompleted():
                 for completed in record.completed:
                     self._complete(completed, segment)
+            case SaveTaken():
+                self._take_save(record)
+            case SaveEnded():
+                self._end_save(record, segment)
             case PointTaken():
                 self.points = [*self.points, record][-NUM_POINTS_KEPT:]
-                self.has_loaded = False
             case ResultsKept():
                 for kept in record.results:
                     self._futures.move(kept, segment)
@@ -124,6 +131,11 @@ class Ledger:
             num_accepted=self.num_accepted,
             points=self.points,
         )
+
+    @property
+    def has_loaded(self) -> bool:
+        """A state was loaded since the newest point: a recovery would load it again."""
+        return self._loaded_at > (self.points[-1].position if self.points else 0)
 
     @property
     def step(self) -> int:
@@ -259,6 +271,22 @@ class Ledger:
             self._lighten(request)
             self._note_effect(request, record)
 
+    def _take_save(self, record: SaveTaken) -> None:
+        self.position = record.position
+        if record.request_id in self.queue:
+            self.queue.remove(record.request_id)
+        request = self.requests.get(record.request_id)
+        if request is not None:
+            self.saving[record.request_id] = record
+            self.steps[self.handles[request.model_id].slot] = record.step
+
+    def _end_save(self, record: SaveEnded, segment: int) -> None:
+        self.saving.pop(record.request_id, None)
+        request = self.requests.pop(record.request_id, None)
+        self._futures.resolve(record.request_id, record.result, at=record.at, segment=segment)
+        if request is not None:
+            self._lighten(request)
+
     def _note_effect(self, request: Request, record: Completed) -> None:
         """A failed forward_backward leaves a hole in the gradient; what clears that, heals it."""
         handle = self.handles[request.model_id]
@@ -270,14 +298,14 @@ class Ledger:
                 handle.hole = None
             case OperationKind.LOAD_WEIGHTS | OperationKind.LOAD_ADAPTER if record.ok:
                 handle.hole = None
-                self.has_loaded = True
+                self._loaded_at = record.position
             case OperationKind.CREATE_MODEL if not record.ok:
                 handle.failure = _why(record)
                 handle.ended_at = record.position
             case OperationKind.CREATE_MODEL:
                 create = operations.decode(request.operation)
                 loads = isinstance(create, CreateHandle) and create.load is not None
-                self.has_loaded = self.has_loaded or loads
+                self._loaded_at = record.position if loads else self._loaded_at
             case OperationKind.UNLOAD_MODEL if record.ok:
                 handle.unloaded = True
                 handle.ended_at = record.position

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 from homefire.checkpoints import CheckpointKey, CheckpointStore
 from homefire.trainer.front.checkpoint_paths import find_state
-from homefire.trainer.front.engine_process import Engine, ask
+from homefire.trainer.front.engine_process import Engine, ask, ended
 from homefire.trainer.front.operations import (
     LoadAdapterWeights,
     LoadTrainState,
     SaveExternalWeights,
+    SaveOperation,
     SaveSnapshot,
     SaveTrainState,
 )
@@ -26,7 +28,10 @@ from homefire.wire.specs import TrainerSpec
 
 
 class SlotCheckpoints:
-    """Every call blocks until the store has it. Raises what is wrong; then nothing has changed."""
+    """Raises what is wrong; then nothing has changed.
+
+    A save has its bytes when its call returns, and is durable when what it returns was awaited.
+    """
 
     def __init__(
         self, engine: Engine, spec: TrainerSpec, store: CheckpointStore, policy: SlotPolicy
@@ -36,9 +41,20 @@ class SlotCheckpoints:
         self._store = store
         self._policy = policy
 
-    async def save_state(
+    async def begin_save(
+        self, operation: SaveOperation, handle: Handle, *, seq: int | None
+    ) -> Awaitable[Outcome]:
+        match operation:
+            case SaveTrainState():
+                return await self._begin_state(operation, handle, seq=seq)
+            case SaveSnapshot():
+                return await self._begin_snapshot(operation, handle)
+            case SaveExternalWeights():
+                return await self._begin_external(operation, handle)
+
+    async def _begin_state(
         self, operation: SaveTrainState, handle: Handle, *, seq: int | None
-    ) -> Outcome:
+    ) -> Awaitable[Outcome]:
         name = operation.name or f"state-{seq:06d}"
         message = wire.SaveState(
             slot=handle.slot,
@@ -47,13 +63,18 @@ class SlotCheckpoints:
             metadata=operation.metadata,
             ttl_seconds=operation.ttl_seconds,
         )
-        saved = await ask(self._engine, message, wire.StateSaved)
+        return self._state_saved(await self._engine.begin(message), handle, name)
+
+    async def _state_saved(
+        self, save: Awaitable[wire.SaveReply], handle: Handle, name: str
+    ) -> Outcome:
+        saved = await ended(save, wire.StateSaved)
         fields: Fields = {"name": name, "size_bytes": saved.size_bytes, "digest": saved.digest}
         path = self._policy.path(handle.slot, CheckpointFamily.STATE, name)
         result = PlainResult({"type": "save_weights", "path": path, "step": saved.step})
         return Outcome(result, event="state_saved", fields=fields)
 
-    async def save_snapshot(self, operation: SaveSnapshot, handle: Handle) -> Outcome:
+    async def _begin_snapshot(self, operation: SaveSnapshot, handle: Handle) -> Awaitable[Outcome]:
         message = wire.SaveSampler(
             slot=handle.slot,
             identity=check_name(operation.name, field="path"),
@@ -61,7 +82,12 @@ class SlotCheckpoints:
             metadata=operation.metadata,
             ttl_seconds=operation.ttl_seconds,
         )
-        saved = await ask(self._engine, message, wire.SamplerSaved)
+        return self._snapshot_saved(await self._engine.begin(message), operation, handle)
+
+    async def _snapshot_saved(
+        self, save: Awaitable[wire.SaveReply], operation: SaveSnapshot, handle: Handle
+    ) -> Outcome:
+        saved = await ended(save, wire.SamplerSaved)
         fields: Fields = {
             "identity": saved.identity,
             "kind": saved.kind,
@@ -80,13 +106,18 @@ class SlotCheckpoints:
         body = {"type": "save_weights_for_sampler", **answer, "step": saved.step}
         return Outcome(PlainResult({**body, **fields}), event="snapshot_saved", fields=fields)
 
-    async def save_external(self, operation: SaveExternalWeights, handle: Handle) -> Outcome:
+    async def _begin_external(
+        self, operation: SaveExternalWeights, handle: Handle
+    ) -> Awaitable[Outcome]:
         message = wire.SaveExternal(
             slot=handle.slot,
             name=check_name(operation.name, field="path"),
             ttl_seconds=operation.ttl_seconds,
         )
-        saved = await ask(self._engine, message, wire.ExternalSaved)
+        return self._external_saved(await self._engine.begin(message), handle)
+
+    async def _external_saved(self, save: Awaitable[wire.SaveReply], handle: Handle) -> Outcome:
+        saved = await ended(save, wire.ExternalSaved)
         fields: Fields = {
             "name": saved.name,
             "kind": saved.kind,

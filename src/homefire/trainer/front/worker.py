@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from homefire.foundation.clock import Clock
 from homefire.foundation.events import EventLog
@@ -21,8 +22,16 @@ from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.operation_events import OperationEvents
-from homefire.trainer.front.operations import Operation, OperationKind, SaveTrainState
-from homefire.trainer.front.outcome import Outcome
+from homefire.trainer.front.operations import (
+    CreateHandle,
+    LoadAdapterWeights,
+    LoadTrainState,
+    Operation,
+    OperationKind,
+    SaveOperation,
+    SaveTrainState,
+)
+from homefire.trainer.front.outcome import Outcome, failed
 from homefire.trainer.front.packs import Member, pack_of, run_pack
 from homefire.trainer.front.records import (
     Completed,
@@ -30,10 +39,12 @@ from homefire.trainer.front.records import (
     PackCompleted,
     Packed,
     Record,
+    SaveTaken,
     encode_result,
 )
-from homefire.trainer.front.recovery import Recovered, Recovery, divergence
+from homefire.trainer.front.recovery import Recovered, Recovery, RedoSave, divergence
 from homefire.trainer.front.recovery_points import RecoveryPoints
+from homefire.trainer.front.saves_in_flight import SavesInFlight
 from homefire.trainer.front.sessions import Ledger, Request, refusal_of
 from homefire.trainer.front.status import StatusBoard
 from homefire.trainer.front.turns import Turns
@@ -69,7 +80,7 @@ class Worker:
         events: EventLog,
         status: StatusBoard,
         points: RecoveryPoints,
-        recovery: Recovery,
+        make_recovery: Callable[[RedoSave], Recovery],
         start_engine: Callable[[], Awaitable[Engine]],
         open_model: OpenModel,
         turns: Turns,
@@ -82,13 +93,15 @@ class Worker:
         self._events = events
         self._status = status
         self._points = points
-        self._recovery = recovery
+        self._recovery = make_recovery(self._redo_save)
         self._start_engine = start_engine
         self._open_model = open_model
         self._turns = turns
         self._pack_tokens = pack_tokens
         """Of all requests that run as one."""
-        self._tell = OperationEvents(ledger, events).tell
+        told = OperationEvents(ledger, events)
+        self._tell = told.tell
+        self._saves = SavesInFlight(clock, self._append, told)
         self._wake = asyncio.Event()
         self._stopping = False
         self._forgetting: list[asyncio.Future[None]] = []
@@ -156,6 +169,7 @@ class Worker:
                 self.model = None
                 if engine is not None:
                     await engine.kill()
+                await self._saves.settled()
             if self._status.state is TrainerState.FAILED:
                 return
 
@@ -194,6 +208,7 @@ class Worker:
         log.error("%s (exit status %s)", died, exit_status)
         self._events.append("engine_died", detail=str(died), exit_status=exit_status)
         self._status.count_restart()
+        self._deaths.update(list(self._ledger.saving))
         failed_starts = 0 if self.model else failed_starts + 1
         if failed_starts >= _MAX_FAILED_STARTS:
             message = f"the engine died {failed_starts} times while starting: {died}"
@@ -220,6 +235,7 @@ class Worker:
                 await self._keep_house(model)
         finally:
             exited.cancel()
+        await self._saves.settled()
         if self._points.is_dirty:
             await self._take_point(model)
         await self._forget(model)
@@ -239,7 +255,7 @@ class Worker:
             self._forgot_at = now
             self._ledger.forget(self._futures.forget_old())
         if self._points.due_in_s == 0.0:
-            await self._take_point(model)
+            await self._begin_point(model)
         if self._forgetting:
             await self._forget(model)
 
@@ -256,12 +272,33 @@ class Worker:
                 done.set_result(None)
 
     async def _take_point(self, model: LiveModel) -> None:
-        """Failing to is no reason to stop: the journal still has everything."""
+        """Returns when the point counts, or has failed."""
+        point = await self._begin_point(model)
+        if point is not None:
+            await point
+
+    async def _begin_point(self, model: LiveModel) -> asyncio.Task[None] | None:
+        """It is written while training goes on."""
         try:
-            await self._points.take(model)
+            ending = await self._points.begin(model)
         except HomefireError as error:
-            log.warning("no recovery point could be taken: %s", error)
-            self._status.report(ErrorRecord.of(error))
+            self._note_no_point(error)
+            return None
+        return self._saves.chain(self._end_point(ending))
+
+    async def _end_point(self, ending: Coroutine[Any, Any, None]) -> None:
+        try:
+            await ending
+        except HomefireError as error:
+            self._note_no_point(error)
+        finally:
+            ending.close()
+            self._wake.set()
+
+    def _note_no_point(self, error: HomefireError) -> None:
+        """No reason to stop: the journal still has everything."""
+        log.warning("no recovery point could be taken: %s", error)
+        self._status.report(ErrorRecord.of(error))
 
     async def _run_next(self, model: LiveModel) -> None:
         waiting = self._turns.waiting()
@@ -278,6 +315,11 @@ class Worker:
         handle = self._ledger.handles[request.model_id]
         operation = await operations.decode_off_loop(request.operation)
         await self._keep_what_was_loaded(model, operation)
+        if _reads_checkpoints(operation):
+            await self._saves.settled()
+        if isinstance(operation, SaveOperation) and self._refusal(request, handle) is None:
+            await self._run_save(model, request, operation, handle)
+            return
         started = self._clock.monotonic()
         failpoint("worker.before_run")
         try:
@@ -289,6 +331,39 @@ class Worker:
         await self._make_history(completed)
         self._deaths.pop(request.request_id, None)
         self._tell(request, outcome, step=completed.step, ms=1000 * self._seconds_since(started))
+
+    async def _run_save(
+        self, model: LiveModel, request: Request, operation: SaveOperation, handle: Handle
+    ) -> None:
+        """Returns when the bytes are taken: from then on the weights may change."""
+        started = self._clock.monotonic()
+        try:
+            outcome = asyncio.ensure_future(await model.begin_save(request, operation, handle))
+        except EngineDied:
+            self._deaths[request.request_id] += 1
+            raise
+        except HomefireError as error:
+            outcome = asyncio.get_running_loop().create_future()
+            outcome.set_result(failed(error))
+        step = self._step_of(model, handle.slot)
+        position, at = self._ledger.position + 1, self._clock.now()
+        taken = SaveTaken(request_id=request.request_id, position=position, step=step, at=at)
+        failpoint("save.before_taken")
+        await self._append(taken)
+        failpoint("save.after_taken")
+        self._saves.follow(request, outcome, step=step, started=started)
+
+    async def _redo_save(self, model: LiveModel, request_id: str) -> None:
+        """Replay of a save that was only taken: the same bytes, for the model is where it was."""
+        request, taken = self._ledger.requests[request_id], self._ledger.saving[request_id]
+        operation = operations.decode(request.operation)
+        handle = self._ledger.handles[request.model_id]
+        started = self._clock.monotonic()
+        if self._deaths[request_id] >= _MAX_DEATHS_PER_REQUEST:
+            outcome = failed(_too_deadly())
+        else:
+            outcome = await model.run(request, operation, handle)
+        await self._saves.end(request, outcome, step=taken.step, started=started)
 
     async def _run_pack(self, model: LiveModel, pack: Sequence[Member]) -> None:
         """Its members run alone from now on if the engine dies of them, or refuses them together."""
@@ -344,10 +419,7 @@ class Worker:
     def _refusal(self, request: Request, handle: Handle) -> HomefireError | None:
         """Why a request must not even be tried."""
         if self._deaths[request.request_id] >= _MAX_DEATHS_PER_REQUEST:
-            return EngineFailed(
-                f"the engine died {_MAX_DEATHS_PER_REQUEST} times during this request",
-                hint="make the batch smaller; see engine.log of the job",
-            )
+            return _too_deadly()
         if request.kind is OperationKind.CREATE_MODEL:
             return None
         return refusal_of(handle) or _broken_order(request, handle)
@@ -384,6 +456,19 @@ class Worker:
 
     def _seconds_since(self, started: float) -> float:
         return round(self._clock.monotonic() - started, 6)
+
+
+def _too_deadly() -> EngineFailed:
+    return EngineFailed(
+        f"the engine died {_MAX_DEATHS_PER_REQUEST} times during this request",
+        hint="make the batch smaller; see engine.log of the job",
+    )
+
+
+def _reads_checkpoints(operation: Operation) -> bool:
+    """It may read what a save before it writes."""
+    loads = isinstance(operation, LoadTrainState | LoadAdapterWeights)
+    return loads or (isinstance(operation, CreateHandle) and operation.load is not None)
 
 
 def _broken_order(request: Request, handle: Handle) -> HomefireError | None:

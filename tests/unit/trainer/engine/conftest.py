@@ -95,9 +95,9 @@ class Trainer:
         return self
 
     def save(self, identity: str, checkpoint_type: str = "delta") -> SamplerSaved:
-        return self.engine.save_sampler(
+        return self.engine.prepare_save(
             SaveSampler(slot="policy", identity=identity, checkpoint_type=checkpoint_type)
-        )
+        ).write()
 
     def digest(self) -> str:
         reply: Digest = self.engine.weights_digest(WeightsDigest("policy"))

@@ -196,7 +196,7 @@ def _reopen(held):
 @pytest.mark.parametrize("change", [_step, _discard, _load, _reopen])
 def test_what_changes_a_slot_frees_its_graphs_and_no_others(make_held, make_batch, change):
     held = make_held().open(SlotKind.LORA).open(SlotKind.LORA, "other")
-    held.engine.save_state(SaveState(slot="policy", name="before"))
+    held.engine.prepare_save(SaveState(slot="policy", name="before")).write()
     held.keep(make_batch())
     held.keep(make_batch(), "other")
     change(held)
@@ -209,7 +209,7 @@ def test_saving_frees_nothing(make_held, make_batch):
     held = make_held().open()
     held.keep(make_batch())
     held.save("one", "base")
-    held.engine.save_state(SaveState(slot="policy", name="state"))
+    held.engine.prepare_save(SaveState(slot="policy", name="state")).write()
     assert held.reuse(weighted(make_batch())) is GraphFate.REUSED
 
 

@@ -14,7 +14,7 @@ def point(tmp_path):
 
 
 def save(trainer, directory):
-    return trainer.engine.save_recovery(SaveRecovery(str(directory)))
+    return trainer.engine.prepare_save(SaveRecovery(str(directory))).write()
 
 
 def load(trainer, directory):

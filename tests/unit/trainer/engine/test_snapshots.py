@@ -99,11 +99,11 @@ def test_adopting_what_other_weights_wrote_is_a_divergence(make_trainer):
 def test_an_export_is_whole_and_nothing_descends_from_it(make_trainer, slot, kind):
     trainer = make_trainer().open(slot).train(0)
     snapshot = trainer.save("one")
-    exported = trainer.train(1).engine.save_external(SaveExternal(slot="policy", name="x"))
+    exported = trainer.train(1).engine.prepare_save(SaveExternal(slot="policy", name="x")).write()
     assert (exported.kind, exported.step, exported.digest) == (kind, 2, trainer.digest())
     assert trainer.train(2).save("two").parent in (snapshot.identity, None)
     with pytest.raises(DuplicateCheckpoint, match="'x' exists"):
-        trainer.engine.save_external(SaveExternal(slot="policy", name="x"))
+        trainer.engine.prepare_save(SaveExternal(slot="policy", name="x")).write()
 
 
 def test_an_adapter_is_written_whole_every_time(make_trainer, tmp_path):
@@ -156,7 +156,7 @@ def test_a_snapshot_above_the_cap_is_refused_and_training_goes_on(make_trainer, 
 
 def test_lifetime_and_metadata_reach_the_manifest(make_trainer, tmp_path):
     trainer = make_trainer().open()
-    trainer.engine.save_sampler(
+    trainer.engine.prepare_save(
         SaveSampler(
             slot="policy",
             identity="one",
@@ -164,7 +164,7 @@ def test_lifetime_and_metadata_reach_the_manifest(make_trainer, tmp_path):
             metadata={"run": "a"},
             ttl_seconds=60,
         )
-    )
+    ).write()
     store = DirectoryStore(tmp_path / "store")
     manifest = materialize(store, "local", "job-1", "policy", "one").manifest
     assert manifest.metadata == {"run": "a"}

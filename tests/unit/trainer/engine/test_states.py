@@ -12,7 +12,7 @@ from homefire.wire.errors import (
 
 
 def save(trainer, name="state-1", **options):
-    return trainer.engine.save_state(SaveState(slot="policy", name=name, **options))
+    return trainer.engine.prepare_save(SaveState(slot="policy", name=name, **options)).write()
 
 
 def load(trainer, name="state-1", *, job="job-1", with_optimizer=True, family="state"):

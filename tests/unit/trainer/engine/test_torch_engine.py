@@ -13,6 +13,7 @@ from homefire.checkpoints import DirectoryStore, materialize
 from homefire.foundation.clock import ManualClock
 from homefire.model.loading import load_model
 from homefire.model.tensors import memory_digest
+from homefire.trainer.engine.saver import Saver
 from homefire.trainer.engine.serve import serve
 from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.wire.engine import (
@@ -25,6 +26,7 @@ from homefire.wire.engine import (
     OpenSlot,
     OptimStep,
     SaveRecovery,
+    SaveSampler,
     SaveState,
     Shutdown,
     SlotKind,
@@ -170,7 +172,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter_and_is_cleared(make_t
 @BOTH
 def test_save_load_step_equals_step_bit_for_bit(make_trainer, kind):
     trainer = make_trainer().open(kind).train(0, num_steps=2)
-    trainer.engine.save_state(SaveState(slot="policy", name="state-1"))
+    trainer.engine.prepare_save(SaveState(slot="policy", name="state-1")).write()
     expected = trainer.train(9).digest()
     branch = make_trainer("job-2").open(kind)
     directory = trainer.root / "store/local/job-1/policy/state/state-1"
@@ -181,10 +183,35 @@ def test_save_load_step_equals_step_bit_for_bit(make_trainer, kind):
 
 
 @BOTH
+def test_saves_while_stepping_are_of_one_step(make_trainer, kind):
+    """With a thread that writes them while torch changes the weights in place."""
+    trainer = make_trainer().open(kind).train(0)
+    saver, expected = Saver(lambda ended: None, lambda: 1 << 40), {}
+    for step in range(6):
+        expected[f"w{step}"] = trainer.digest()
+        request = SaveSampler(slot="policy", identity=f"w{step}", checkpoint_type="delta")
+        saver.begin(trainer.engine.prepare_save(request))
+        saver.begin(trainer.engine.prepare_save(SaveState(slot="policy", name=f"s{step}")))
+        trainer.train(step)
+    last = trainer.digest()
+    saver.finish()
+    saver.close()
+    found = DirectoryStore(trainer.root / "store").list("local", "job-1")
+    assert {m.identity: m.digest for m in found if m.identity in expected} == expected
+    branch = make_trainer("job-2").open(kind)
+    directory = trainer.root / "store/local/job-1/policy/state/s5"
+    branch.engine.load_state(
+        LoadState(slot="policy", directory=str(directory), with_optimizer=True)
+    )
+    assert branch.digest() == expected["w5"]
+    assert branch.train(5).digest() == last
+
+
+@BOTH
 def test_a_recovered_engine_goes_on_bit_for_bit(make_trainer, make_batch, tmp_path, kind):
     trainer = make_trainer().open(kind).train(0, num_steps=2)
     trainer.backward(make_batch(5))
-    trainer.engine.save_recovery(SaveRecovery(str(tmp_path / "point")))
+    trainer.engine.prepare_save(SaveRecovery(str(tmp_path / "point"))).write()
     again = make_trainer()
     again.engine.load_recovery(LoadRecovery(str(tmp_path / "point")))
     for each in (trainer, again):

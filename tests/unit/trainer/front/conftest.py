@@ -16,15 +16,36 @@ import pytest
 from homefire.foundation.clock import Clock, ManualClock
 from homefire.foundation.events import read_events
 from homefire.trainer.engine.fake import fake_engine
+from homefire.trainer.engine.saver import finished
 from homefire.trainer.engine.serve import dispatch
 from homefire.trainer.front.api import build_app
 from homefire.trainer.front.engine_process import EngineDied
 from homefire.trainer.front.service import Front
-from homefire.wire.engine import Arrays, Reply, Request, WeightsDigest
+from homefire.wire.engine import (
+    Arrays,
+    Reply,
+    Request,
+    SaveReply,
+    SaveRequest,
+    WeightsDigest,
+)
 from homefire.wire.internal import SECRET_HEADER, TrainerStatus
 from homefire.wire.specs import EngineKind, TrainerMode, TrainerSpec, Upstream
 
 SECRET = "between services"
+
+
+@dataclass
+class UnwrittenSave:
+    """Its bytes are taken."""
+
+    request: Request
+    write: Callable[[], SaveReply]
+    ended: asyncio.Future[SaveReply]
+
+    def finish(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(finished(self.write))
 
 
 @dataclass
@@ -39,6 +60,9 @@ class Orders:
     """Requests of this kind wait for `released`."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     released: asyncio.Event = field(default_factory=asyncio.Event)
+    writes_later: bool = False
+    """Saves wait in `unwritten` until the test writes them."""
+    unwritten: list[UnwrittenSave] = field(default_factory=list)
     seen: list[Request] = field(default_factory=list)
     num_started: int = 0
 
@@ -52,9 +76,25 @@ class EngineInProcess:
         self._orders = orders
         self._engine = fake_engine(clock)
         self._ended = asyncio.Event()
+        self._unwritten: list[UnwrittenSave] = []
         orders.num_started += 1
 
     async def call(self, request: Request, arrays: Arrays | None = None) -> tuple[Reply, Arrays]:
+        await self._note(request)
+        return dispatch(self._engine, request, arrays or {})
+
+    async def begin(self, request: SaveRequest) -> asyncio.Future[SaveReply]:
+        await self._note(request)
+        write = self._engine.prepare_save(request).keep()
+        save = UnwrittenSave(request, write, asyncio.get_running_loop().create_future())
+        if self._orders.writes_later:
+            self._orders.unwritten.append(save)
+            self._unwritten.append(save)
+        else:
+            save.finish()
+        return save.ended
+
+    async def _note(self, request: Request) -> None:
         orders = self._orders
         orders.seen.append(request)
         if orders.dies_at and isinstance(request, orders.dies_at[0]):
@@ -67,7 +107,6 @@ class EngineInProcess:
         if orders.holds is not None and isinstance(request, orders.holds):
             orders.reached.set()
             await orders.released.wait()
-        return dispatch(self._engine, request, arrays or {})
 
     async def wait(self) -> int:
         await self._ended.wait()
@@ -78,6 +117,9 @@ class EngineInProcess:
 
     async def kill(self) -> int:
         self._ended.set()
+        for save in self._unwritten:
+            if not save.ended.done():
+                save.ended.set_exception(EngineDied("killed while it saved"))
         return -9
 
 
@@ -148,6 +190,10 @@ class Client:
         assert self.front.worker.model is not None
         reply, _ = await self.front.worker.model.engine.call(WeightsDigest(slot))
         return reply.digest
+
+    async def settled(self) -> None:
+        """No save and no recovery point is being written."""
+        await self.front.worker._saves.settled()
 
     def events(self, name: str) -> list[dict[str, Any]]:
         log = Path(self.front.spec.job_dir) / "events.jsonl"

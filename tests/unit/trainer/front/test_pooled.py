@@ -172,6 +172,7 @@ async def test_models_that_are_over_are_forgotten_once_no_recovery_needs_them(st
             assert over in client.front.ledger.handles or step > 2
             clock.advance(7 * 3600)
             await client.train(stays, 2 * step + 1, 1)
+            await client.settled()
         assert set(client.front.ledger.handles) == {stays}
         gone = await client.post("forward", model_id=over, seq_id=4, forward_input=_INPUT)
         assert gone.status_code == 404

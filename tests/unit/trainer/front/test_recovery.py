@@ -202,6 +202,7 @@ async def test_points_are_taken_at_the_interval_two_are_kept_and_the_journal_is_
         for n in range(4):
             clock.advance(1000)
             await client.train(model, 2 * n + 1, 1)
+            await client.settled()
         job = Path(client.front.spec.job_dir)
         assert len([r for r in client.orders.seen if isinstance(r, SaveRecovery)]) >= 3
         points = sorted(path.name for path in (job / "recovery").iterdir())
@@ -272,7 +273,7 @@ async def test_loads_are_not_forgotten_while_the_engine_is_down(start_front) -> 
         await client.call("save_weights", model, 1, path="s")
         await client.call("load_weights", model, 2, path="s", optimizer=True)
         await client.front.worker.stop()
-        client.front.ledger.has_loaded = True
+        client.front.ledger._loaded_at = client.front.ledger.position + 1
         with pytest.raises(Unavailable):
             await client.front.worker.forget_loads()
 
@@ -284,6 +285,7 @@ async def test_a_damaged_point_is_passed_over_for_the_one_before(start_front) ->
         for n in range(3):
             clock.advance(1000)
             await client.train(model, 2 * n + 1, 1)
+            await client.settled()
         digest = await client.digest()
         newest = Path(client.front.spec.job_dir) / "recovery"
     (newest,) = [p for p in newest.iterdir() if p.name == max(q.name for q in newest.iterdir())]

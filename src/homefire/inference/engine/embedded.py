@@ -143,9 +143,8 @@ class EmbeddedNetwork:
         return memory_digest(self._model, self._head.own_tensors())
 
     def add_adapter(self, weights: WeightSet) -> str:
-        adapter = self._read_adapter(weights)
-        self._resident[weights.served] = adapter
-        return _adapter_digest(adapter, weights)
+        self._resident[weights.served] = self._read_adapter(weights)
+        return _adapter_digest(self._resident[weights.served], weights)
 
     def drop_adapter(self, adapter: ServedWeights) -> None:
         del self._resident[adapter]
@@ -165,7 +164,7 @@ class EmbeddedNetwork:
         if not self._is_base:
             self.install(self.base_weights())
         self._use_adapter(adapter)
-        return _adapter_digest(adapter, weights)
+        return _adapter_digest(self._installed, weights)
 
     def _use_adapter(self, adapter: lora.LoraAdapter | None) -> None:
         """Rows that run on must not be routed to the one before it."""
@@ -297,12 +296,13 @@ def _adapter_of(weights: WeightSet, device: torch.device) -> lora.LoraAdapter:
     )
 
 
-def _adapter_digest(adapter: lora.LoraAdapter, weights: WeightSet) -> str:
-    """The scale is no tensor, so no digest covers it."""
+def _adapter_digest(adapter: lora.LoraAdapter | None, weights: WeightSet) -> str:
+    """Of what rows are computed with now. The scale is no tensor, so no digest covers it."""
     wanted = weights.lora.alpha / weights.lora.rank if weights.lora is not None else None
-    if adapter.scaling != wanted:
+    found = adapter.scaling if adapter is not None else None
+    if adapter is None or found != wanted:
         raise DigestMismatch(
-            f"adapter {weights.served.name!r} is in memory with scale {adapter.scaling}, not {wanted}",
+            f"adapter {weights.served.name!r} is in memory with scale {found}, not {wanted}",
             hint="load it again",
         )
     tensors = {name: raw(tensor) for name, tensor in lora.peft_tensors(adapter).items()}

@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from homefire.wire.errors import EngineFailed
+
 
 @dataclass(eq=False)
 class Block:
@@ -23,6 +25,8 @@ class Block:
     key: BlockKey
     num_pins: int = 0
     num_children: int = 0
+    made_with: str = ""
+    """Digest of the weights that filled it; the key says so too, and must not be trusted alone."""
 
 
 BlockKey = tuple[str, "Block | None", tuple[int, ...]]
@@ -63,12 +67,14 @@ class PrefixCache:
         return self._num_taken - len(self._free)
 
     def lookup(self, digest: str, tokens: Sequence[int]) -> Lease:
-        """The longest beginning that is kept, in whole blocks; perhaps none."""
+        """The longest beginning that is kept, in whole blocks; perhaps none. EngineFailed when what is found
+        was made with other weights: the caller starts over with an empty cache."""
         lease = Lease(digest)
         for key in self._keys(lease, tokens):
             block = self._blocks.get(key)
             if block is None:
                 break
+            self._check_version(block, digest)
             self._pin(block)
             lease.blocks.append(block)
         lease.num_committed = len(lease.blocks)
@@ -92,6 +98,7 @@ class PrefixCache:
         for at in range(lease.num_committed, num_blocks):
             block = lease.blocks[at]
             self._coming.discard(block.key)
+            block.made_with = lease.digest
             known = self._blocks.get(block.key)
             if known is None:
                 self._add(block)
@@ -113,6 +120,14 @@ class PrefixCache:
         """Forgets what no lease holds."""
         while self._evictable:
             self._evict()
+
+    def _check_version(self, block: Block, digest: str) -> None:
+        if block.made_with != digest:
+            raise EngineFailed(
+                f"block {block.id} of the prompt cache was made with weights {block.made_with[:16]}…,"
+                f" and was found for {digest[:16]}…",
+                hint="the cache is emptied; try again",
+            )
 
     def _keys(self, lease: Lease, tokens: Sequence[int]) -> Iterator[BlockKey]:
         """Of the whole blocks after the lease's; it may grow meanwhile."""

@@ -144,6 +144,7 @@ class HotLoader:
     ) -> HomefireError | None:
         """What went wrong is reported, and returned."""
         if self._is_serving(engine, wanted):
+            self._confirm(engine.serving())
             self._enter(HotLoadStage.IDLE, None)
             return None
         attempt = _Attempt(self._clock)
@@ -245,6 +246,16 @@ class HotLoader:
         self.error = "" if error is None else _text(error)
         self.error_code = "" if error is None else _code(error)
         self._on_change()
+
+    def _confirm(self, served: ServedWeights) -> None:
+        """After a load that was put in place, and of which the ledger knows only that nobody heard so."""
+        last = self.ledger[-1] if self.ledger else None
+        if last is not None and not last.ok and last.identity == served.name:
+            self._record(
+                LedgerEntry(
+                    identity=served.name, digest=served.digest, at=self._clock.now(), ok=True
+                )
+            )
 
     def _record_success(
         self, served: ServedWeights, swapped: Swapped, attempt: _Attempt, *, load_ms: float

@@ -8,6 +8,7 @@ from homefire.checkpoints.file_digest import file_entry
 from homefire.checkpoints.lineage import check_stands_alone, resolve_chain
 from homefire.checkpoints.materialize import Held, Materialized, materialize
 from homefire.checkpoints.model_directory import read_model_directory
+from homefire.checkpoints.open_store import is_object_store, open_store
 from homefire.checkpoints.promote import PromoteResult, PromoteSpec, promote
 from homefire.checkpoints.removal import Doomed, RemovalResult, RemovalSpec
 from homefire.checkpoints.retention import Verdict, decide, in_order_of_deletion
@@ -61,8 +62,10 @@ __all__ = [
     "ensure_tiny",
     "file_entry",
     "in_order_of_deletion",
+    "is_object_store",
     "materialize",
     "numpy_array",
+    "open_store",
     "promote",
     "raw_tensor",
     "read_adapter_directory",

@@ -21,20 +21,25 @@ from pathlib import Path
 import msgspec
 
 from homefire.checkpoints.amendments import amend_manifest
-from homefire.checkpoints.expiry import prunable
+from homefire.checkpoints.expiry import delete_prunable
 from homefire.checkpoints.lineage import check_stands_alone
 from homefire.checkpoints.manifest_file import encode_manifest, read_manifest
 from homefire.checkpoints.staging import discard_directory, remove_leftovers, staging_directory
-from homefire.checkpoints.store import CheckpointKey, Staged
+from homefire.checkpoints.store import (
+    CheckpointKey,
+    Staged,
+    check_belongs,
+    check_files,
+    duplicate,
+    unknown,
+)
 from homefire.checkpoints.summaries import Summaries
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.durable import publish_directory, sync_directory, write_file
 from homefire.foundation.failpoints import failpoint
 from homefire.wire.errors import (
     DigestMismatch,
-    DuplicateCheckpoint,
     FailedPrecondition,
-    InvalidArgument,
     StorageFailed,
     UnknownSnapshot,
     Unsupported,
@@ -44,8 +49,6 @@ from homefire.wire.manifest import MANIFEST_FILE, CheckpointFamily, Manifest
 
 log = logging.getLogger(__name__)
 _REPLACED = ".replaced-"
-_NUM_NAMED = 5
-"""How many existing checkpoints an error names."""
 
 
 class DirectoryStore:
@@ -154,15 +157,7 @@ class DirectoryStore:
         now = self._clock.now()
         families = [path for path in job.glob("*/*") if path.is_dir()]
         manifests = [m for path in families for m in self._summaries.read(path, *_READERS)]
-        for manifest in prunable(manifests, is_needed, now=now):
-            key = CheckpointKey.of(manifest)
-            try:
-                if not self.manifest(key).has_expired(now):
-                    return  # it was given more time, so what it descends from stays too
-                self.delete(key)
-            except UnknownSnapshot:
-                continue  # somebody else deleted it
-            yield key
+        yield from delete_prunable(self, manifests, is_needed, now=now)
 
     def _amend(self, key: CheckpointKey, change: Callable[[Manifest], Manifest]) -> Manifest:
         try:
@@ -205,12 +200,7 @@ class DirectoryStore:
         self, key: CheckpointKey, *, reason: str = "is not in the store"
     ) -> UnknownSnapshot:
         siblings = self.list(key.account, key.job, slot=key.slot, family=key.family)
-        names = ", ".join(repr(m.identity) for m in siblings[-_NUM_NAMED:]) or "none yet"
-        return UnknownSnapshot(
-            f"{key.family} checkpoint {key.name!r} {reason} of {key.account}/{key.job}, "
-            f"slot {key.slot!r}",
-            hint=f"the latest that exist: {names}",
-        )
+        return unknown(key, [m.identity for m in siblings], reason=reason)
 
 
 class _StagedDirectory:
@@ -223,8 +213,8 @@ class _StagedDirectory:
         self._overwrite = overwrite
 
     def commit(self, manifest: Manifest) -> None:
-        _check_belongs(manifest, self._key)
-        _check_files(manifest, self.directory)
+        check_belongs(manifest, self._key)
+        check_files(manifest, self.directory)
         write_file(self.directory / MANIFEST_FILE, encode_manifest(manifest))
         failpoint("store.before_commit")
         if self._overwrite:
@@ -239,7 +229,7 @@ class _StagedDirectory:
             publish_directory(self.directory, self._final)
         except OSError as exc:
             if exc.errno in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise _duplicate(self._key) from exc
+                raise duplicate(self._key) from exc
             raise
 
     def _publish_over_predecessor(self) -> None:
@@ -306,29 +296,4 @@ _READERS = (_checkpoints, _read_or_warn)
 
 def _refuse_existing(key: CheckpointKey, final: Path) -> None:
     if _published(final) is not None:
-        raise _duplicate(key)
-
-
-def _duplicate(key: CheckpointKey) -> DuplicateCheckpoint:
-    return DuplicateCheckpoint(
-        f"{key.family} checkpoint {key.name!r} of {key.account}/{key.job} exists",
-        hint="save under another name, or ask for overwrite where the call has it",
-        field="name",
-    )
-
-
-def _check_belongs(manifest: Manifest, key: CheckpointKey) -> None:
-    named = CheckpointKey.of(manifest)
-    if named != key:
-        raise InvalidArgument(f"the manifest names {named}, the checkpoint is {key}")
-
-
-def _check_files(manifest: Manifest, directory: Path) -> None:
-    """A manifest that names a missing file, or none for one that is there, must never be published."""
-    written = {path.name: path.stat().st_size for path in directory.iterdir()}
-    named = {name: entry.size_bytes for name, entry in manifest.files.items()}
-    if written != named:
-        raise StorageFailed(
-            f"checkpoint {manifest.identity!r} was not written as its manifest says: "
-            f"files {sorted(written.items() ^ named.items())}"
-        )
+        raise duplicate(key)

@@ -1,9 +1,11 @@
-"""Which expired checkpoints of one job may go. Pure."""
+"""Which expired checkpoints of one job may go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+from homefire.checkpoints.store import CheckpointKey, CheckpointStore
+from homefire.wire.errors import UnknownSnapshot
 from homefire.wire.manifest import CheckpointFamily, Manifest
 
 GRACE_S = 600.0
@@ -11,10 +13,29 @@ GRACE_S = 600.0
 it, and a replica that began to load it may finish."""
 
 
+def delete_prunable(
+    store: CheckpointStore,
+    manifests: Iterable[Manifest],
+    is_needed: Callable[[Manifest], bool],
+    *,
+    now: float,
+) -> Iterator[CheckpointKey]:
+    """Deletes them one by one, each looked at again before: of one job, as `prunable` has it."""
+    for manifest in prunable(manifests, is_needed, now=now):
+        key = CheckpointKey.of(manifest)
+        try:
+            if not store.manifest(key).has_expired(now):
+                return  # it was given more time, so what it descends from stays too
+            store.delete(key)
+        except UnknownSnapshot:
+            continue  # somebody else deleted it
+        yield key
+
+
 def prunable(
     manifests: Iterable[Manifest], is_needed: Callable[[Manifest], bool], *, now: float
 ) -> list[Manifest]:
-    """Those that expired a while ago, that nobody needs and that no snapshot which stays descends
+    """Pure. Those that expired a while ago, that nobody needs and that no snapshot which stays descends
     from.
 
     `manifests` are all of one job. Children come before their parents, so that a deletion that is

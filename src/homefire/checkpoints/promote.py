@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints.directory_store import DirectoryStore
 from homefire.checkpoints.materialize import Materialized, materialize
 from homefire.checkpoints.model_directory import (
     companion_files,
@@ -20,6 +19,7 @@ from homefire.checkpoints.model_directory import (
     read_model_directory,
     write_model,
 )
+from homefire.checkpoints.open_store import open_store
 from homefire.checkpoints.progress import Report, report_to, unreported
 from homefire.checkpoints.safetensors_file import read_safetensors, write_safetensors
 from homefire.checkpoints.snapshots import ADAPTER_CONFIG_FILE, ADAPTER_FILE, CONFIG_FILE
@@ -83,7 +83,7 @@ def promote(spec: PromoteSpec) -> PromoteResult:
     AlreadyExists when the destination holds something else; the errors of `materialize`.
     """
     key = CheckpointKey(spec.account, spec.job, spec.slot, CheckpointFamily.SAMPLER, spec.identity)
-    store = DirectoryStore(Path(spec.store_root))
+    store = open_store(spec.store_root)
     report = report_to(Path(spec.progress_file)) if spec.progress_file else unreported
     base_model = Path(spec.base_model_dir)
     return make_directory(store, key, Path(spec.destination), base_model=base_model, report=report)

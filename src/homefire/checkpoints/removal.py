@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints.directory_store import DirectoryStore
+from homefire.checkpoints.open_store import open_store
 from homefire.checkpoints.store import CheckpointKey, CheckpointStore
 from homefire.foundation.durable import write_file
 from homefire.wire.errors import ErrorRecord, HomefireError, UnknownSnapshot
@@ -44,7 +44,7 @@ def run_removal(spec_file: Path) -> int:
     """The worker's whole life: 0 when every checkpoint was dealt with."""
     spec = msgspec.json.decode(spec_file.read_bytes(), type=RemovalSpec)
     try:
-        result = remove(DirectoryStore(Path(spec.store_root)), spec.doomed)
+        result = remove(open_store(spec.store_root), spec.doomed)
     except HomefireError as exc:
         result = RemovalResult(error=ErrorRecord.of(exc))
     write_file(Path(spec.result_file), msgspec.json.encode(result))

@@ -25,7 +25,16 @@ from typing import Protocol
 
 import msgspec
 
+from homefire.wire.errors import (
+    DuplicateCheckpoint,
+    InvalidArgument,
+    StorageFailed,
+    UnknownSnapshot,
+)
 from homefire.wire.manifest import CheckpointFamily, Manifest
+
+_NUM_NAMED = 5
+"""How many existing checkpoints an error names."""
 
 
 class CheckpointKey(msgspec.Struct, frozen=True):
@@ -147,3 +156,38 @@ class CheckpointStore(Protocol):
         Never a parent of a snapshot that stays, nor what the caller needs.
         """
         ...
+
+
+def duplicate(key: CheckpointKey) -> DuplicateCheckpoint:
+    return DuplicateCheckpoint(
+        f"{key.family} checkpoint {key.name!r} of {key.account}/{key.job} exists",
+        hint="save under another name, or ask for overwrite where the call has it",
+        field="name",
+    )
+
+
+def unknown(key: CheckpointKey, siblings: Sequence[str], *, reason: str) -> UnknownSnapshot:
+    """`siblings` are the identities that there are, oldest first."""
+    names = ", ".join(map(repr, siblings[-_NUM_NAMED:])) or "none yet"
+    return UnknownSnapshot(
+        f"{key.family} checkpoint {key.name!r} {reason} of {key.account}/{key.job}, "
+        f"slot {key.slot!r}",
+        hint=f"the latest that exist: {names}",
+    )
+
+
+def check_belongs(manifest: Manifest, key: CheckpointKey) -> None:
+    named = CheckpointKey.of(manifest)
+    if named != key:
+        raise InvalidArgument(f"the manifest names {named}, the checkpoint is {key}")
+
+
+def check_files(manifest: Manifest, directory: Path) -> None:
+    """A manifest that names a missing file, or none for one that is there, must never be published."""
+    written = {path.name: path.stat().st_size for path in directory.iterdir()}
+    named = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    if written != named:
+        raise StorageFailed(
+            f"checkpoint {manifest.identity!r} was not written as its manifest says: "
+            f"files {sorted(written.items() ^ named.items())}"
+        )

@@ -1,6 +1,6 @@
 """`homefire checkpoint verify|diff|export --job J`: a job's checkpoints as files.
 
-They read the store of the home, so they work whether or not homefire is up.
+They read the store of the home, a directory or an object store, whether or not homefire is up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
 
 if TYPE_CHECKING:
-    from homefire.checkpoints import DirectoryStore
+    from homefire.checkpoints import CheckpointStore
     from homefire.checkpoints.difference import TensorDifference
     from homefire.wire.errors import InvalidArgument
     from homefire.wire.manifest import CheckpointFamily, Manifest
@@ -154,10 +154,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _store(arguments: argparse.Namespace) -> DirectoryStore:
-    from homefire.checkpoints import DirectoryStore
+def _store(arguments: argparse.Namespace) -> CheckpointStore:
+    from homefire.checkpoints import open_store
 
-    return DirectoryStore(home_of(arguments).store)
+    return open_store(home_of(arguments).store_root)
 
 
 def _sampler() -> CheckpointFamily:
@@ -167,7 +167,7 @@ def _sampler() -> CheckpointFamily:
 
 
 def _all(
-    store: DirectoryStore, arguments: argparse.Namespace, family: CheckpointFamily | None = None
+    store: CheckpointStore, arguments: argparse.Namespace, family: CheckpointFamily | None = None
 ) -> list[Manifest]:
     """In the order of their making. NotFound, naming jobs that exist, when the job saved nothing."""
     from homefire.wire.errors import NotFound
@@ -184,7 +184,7 @@ def _all(
 
 
 def _find(
-    store: DirectoryStore,
+    store: CheckpointStore,
     arguments: argparse.Namespace,
     name: str,
     *,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homefire.cli.checkpoint_retention import duration_s
+from homefire.cli.home_store import check_store
 from homefire.cli.options import Commands, add_home, home_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ examples:
   homefire up
   homefire up --home /data/homefire --port 0
   homefire up --alias accounts/fireworks/models/qwen3-8b=tiny
+  homefire up --store s3://bucket/homefire
   homefire up --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem \\
               --advertise-url https://trainer.example:8700
 
@@ -86,6 +88,12 @@ def add_parser(commands: Commands) -> None:
         " (it grows by every batch that is sent)",
     )
     parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="keep checkpoints in S3-compatible storage, s3://bucket/prefix; credentials, region and"
+        " endpoint come from the environment (AWS_*). The home remembers it",
+    )
+    parser.add_argument(
         "--tombstone-retention",
         type=duration_s,
         default=DEFAULT_TOMBSTONE_S,
@@ -126,6 +134,7 @@ class UpOptions:
     keep_journals: bool = False
     held_graphs_gib: float | None = None
     tombstone_retention_s: float = DEFAULT_TOMBSTONE_S
+    store: str | None = None
 
     def __post_init__(self) -> None:
         from homefire.cli.addresses import check_exposure, check_tls, check_url
@@ -158,6 +167,7 @@ class UpOptions:
             keep_journals=arguments.keep_journals,
             held_graphs_gib=arguments.held_graphs,
             tombstone_retention_s=arguments.tombstone_retention,
+            store=arguments.store and arguments.store.rstrip("/"),
         )
 
 
@@ -168,6 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = UpOptions.of(arguments)
     home = home_of(arguments)
     home.prepare()
+    check_store(home, options.store)
     with HomeLock(home) as lock, contextlib.ExitStack() as resources:
         supervisor = Supervisor(home)
         supervisor.take_over()

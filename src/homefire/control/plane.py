@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints import DirectoryStore
+from homefire.checkpoints import open_store
 from homefire.control.capacity import Capacity
 from homefire.control.catalog import Catalog, read_aliases
 from homefire.control.checkpoint_deletion import CheckpointDeletion
@@ -102,7 +102,7 @@ class ControlPlane:
             threads=spec.capacity_threads, memory_bytes=spec.capacity_memory_bytes
         )
         self.database = Database(self.home.database)
-        self.store = DirectoryStore(self.home.store, self.clock)
+        self.store = open_store(self.home.store_root, self.clock)
         self.catalog = Catalog(
             account=DEFAULT_ACCOUNT,
             models=self.home.models,
@@ -192,7 +192,7 @@ class ControlPlane:
         self.retention = Retention(
             self.database,
             self.store,
-            str(self.home.store),
+            self.home.store_root,
             self.deletion,
             launcher,
             self.home,

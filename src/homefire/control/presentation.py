@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -57,7 +56,7 @@ _DOING = {
 }
 
 
-def job_resource(job: JobRow, trainer: TrainerStatus | None, *, store: Path) -> TrainerJob:
+def job_resource(job: JobRow, trainer: TrainerStatus | None, *, store: str) -> TrainerJob:
     """`trainer`: what its process says, if it says something."""
     config, request = job.config, job.config.request
     return TrainerJob(
@@ -96,8 +95,9 @@ def job_resource(job: JobRow, trainer: TrainerStatus | None, *, store: Path) -> 
     )
 
 
-def bucket_url(store: Path, account: str, job_id: str) -> str:
-    return f"file://{store}/{account}/{job_id}/"
+def bucket_url(store: str, account: str, job_id: str) -> str:
+    root = store if "://" in store else f"file://{store}"
+    return f"{root}/{account}/{job_id}/"
 
 
 def doing(trainer: TrainerStatus | None) -> str:
@@ -163,7 +163,7 @@ def _named(**given: object) -> str:
 
 
 def deployment_resource(
-    deployment: DeploymentRow, replicas: Sequence[ReplicaRow], *, num_ready: int, store: Path
+    deployment: DeploymentRow, replicas: Sequence[ReplicaRow], *, num_ready: int, store: str
 ) -> Deployment:
     config = deployment.config
     trainer = config.hot_load_trainer_job
@@ -219,7 +219,7 @@ def _deployment_status(deployment: DeploymentRow) -> Status:
     return Status(code, "; ".join(filter(None, [deployment.message, note])))
 
 
-def _bucket_of(trainer_job: str, store: Path) -> str:
+def _bucket_of(trainer_job: str, store: str) -> str:
     _, account, _, job_id = trainer_job.split("/")
     return bucket_url(store, account, job_id)
 

@@ -259,7 +259,7 @@ class Promotions:
     def _worker_spec(self, model: ModelRow, result_file: Path) -> ProcessSpec:
         destination = self._catalog.promoted_directory(model.account, model.id)
         spec = PromoteSpec(
-            store_root=str(self._home.store),
+            store_root=self._home.store_root,
             account=model.account,
             job=model.source.job,
             slot=POLICY_SLOT,

@@ -6,6 +6,7 @@ HOME/
 ├── download_key       signs links to checkpoints' files, mode 0600
 ├── control.sqlite3    jobs, deployments, models
 ├── models/            the default model root; `tiny` is made here, promoted models land here
+├── store_url          of an object store, where checkpoints are instead of in `store`
 ├── store/             <account>/<job>/<slot>/{sampler,state}/<name>/
 ├── prompt_sets/       what evaluations asked, by digest
 ├── jobs/<job>/        journal/, recovery/, events.jsonl, spec.json, *.log
@@ -62,6 +63,19 @@ class Home:
     @property
     def store(self) -> Path:
         return self.root / "store"
+
+    @property
+    def store_url_file(self) -> Path:
+        return self.root / "store_url"
+
+    @property
+    def store_root(self) -> str:
+        """Where this home's checkpoints are: its own directory, or the object store that the first
+        `homefire up --store` named."""
+        try:
+            return self.store_url_file.read_text().strip()
+        except FileNotFoundError:
+            return str(self.store)
 
     @property
     def prompt_sets(self) -> Path:

@@ -107,7 +107,7 @@ async def _answer(plane: ControlPlane, account: str, deployment: str) -> Respons
 
 def _resource(plane: ControlPlane, view: DeploymentView) -> Deployment:
     return deployment_resource(
-        view.row, view.replicas, num_ready=view.num_ready, store=plane.home.store
+        view.row, view.replicas, num_ready=view.num_ready, store=plane.home.store_root
     )
 
 

@@ -152,7 +152,7 @@ def _answer(plane: ControlPlane, job: JobRow) -> Response:
 
 
 def _resource(plane: ControlPlane, job: JobRow) -> TrainerJob:
-    return job_resource(job, plane.observations.trainer(job).status, store=plane.home.store)
+    return job_resource(job, plane.observations.trainer(job).status, store=plane.home.store_root)
 
 
 ENDPOINTS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints import DirectoryStore
+from homefire.checkpoints import open_store
 from homefire.foundation.clock import Clock
 from homefire.foundation.events import EventLog
 from homefire.foundation.versioned import Versioned
@@ -43,7 +43,7 @@ class Replica:
         self._opening: asyncio.Task[None] | None = None
         self._events = EventLog(Path(spec.replica_dir) / "events.jsonl", clock)
         self._versioned: Versioned[None] = Versioned(None)
-        store = DirectoryStore(Path(spec.store_root), clock)
+        store = open_store(spec.store_root, clock)
         self._loader = HotLoader(
             store,
             events=self._events,

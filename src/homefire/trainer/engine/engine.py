@@ -17,7 +17,7 @@ from typing import TypedDict
 
 import msgspec
 
-from homefire.checkpoints import DirectoryStore
+from homefire.checkpoints import open_store
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.trainer.engine import (
     adapters,
@@ -128,7 +128,7 @@ class SlotEngine:
             raise FailedPrecondition("this engine has its model already")
         network = self._open_network(request)
         bucket = Bucket(
-            store=DirectoryStore(Path(request.store_root), self._clock),
+            store=open_store(request.store_root, self._clock),
             account=request.account,
             job=request.job,
             base_model=request.base_model,

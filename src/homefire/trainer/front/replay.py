@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints import DirectoryStore, file_entry
+from homefire.checkpoints import file_entry, open_store
 from homefire.foundation.clock import Clock
 from homefire.trainer.front.engine_process import Engine, ask
 from homefire.trainer.front.futures import Futures
@@ -123,7 +123,7 @@ class Replay:
         ledger = self._ledger()
         engine = await self._start_engine(self._spec)
         try:
-            store = DirectoryStore(Path(self._spec.store_root), self._clock)
+            store = open_store(self._spec.store_root, self._clock)
             policy = slot_policy(self._spec, ledger)
             graphs = GraphBoard(self._clock, limit_s=self._spec.held_graph_limit_s)
             model = await open_model(engine, self._spec, store, policy, graphs)

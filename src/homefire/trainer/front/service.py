@@ -7,7 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from homefire.checkpoints import CheckpointStore, DirectoryStore
+from homefire.checkpoints import CheckpointStore, open_store
 from homefire.foundation.clock import Clock, SystemClock
 from homefire.foundation.disk import SYSTEM, Disk
 from homefire.foundation.events import EventLog
@@ -52,7 +52,7 @@ class Front:
         self._start_engine = start_engine or self._start_process
         self.closing = asyncio.Event()
         """Set when nothing more will happen: long polls answer at once."""
-        self.store: CheckpointStore = DirectoryStore(Path(spec.store_root), self.clock)
+        self.store: CheckpointStore = open_store(spec.store_root, self.clock)
         self.futures = Futures(self.clock)
         self.ledger = Ledger(self.futures)
         self.policy = slot_policy(spec, self.ledger)

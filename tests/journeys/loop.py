@@ -121,6 +121,8 @@ def start_loop(
     lora_rank: int = 0,
     base_model: str = "tiny",
     ranks: int | None = None,
+    min_replicas: int = 0,
+    max_replicas: int = 1,
 ) -> Loop:
     """Requests a trainer and a deployment linked to it, waits for both and connects."""
     jobs = TrainerJobManager(api_key=server.api_key, base_url=server.url)
@@ -130,7 +132,11 @@ def start_loop(
     )
     deployments.create_or_get(
         DeploymentConfig(
-            deployment_id=deployment_id, base_model=base_model, hot_load_trainer_job=job.job_name
+            deployment_id=deployment_id,
+            base_model=base_model,
+            hot_load_trainer_job=job.job_name,
+            min_replica_count=min_replicas,
+            max_replica_count=max_replicas,
         )
     )
     jobs.wait_for_ready(job.job_id)

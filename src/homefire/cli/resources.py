@@ -1,4 +1,4 @@
-"""`homefire trainer|deployment|checkpoint|model|shape list|get|delete`; a trainer job has more verbs."""
+"""`homefire trainer|deployment|checkpoint|model|shape list|get|delete`; trainer jobs and deployments have more verbs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from homefire.cli import checkpoints, trainer_create, trainer_pause, trainer_replay
+from homefire.cli import (
+    checkpoints,
+    deployment_scale,
+    trainer_create,
+    trainer_pause,
+    trainer_replay,
+)
 from homefire.cli.confirmation import confirmed
 from homefire.cli.options import Commands, add_home, add_json, home_of
 from homefire.cli.tables import last_segment, print_json, print_table
@@ -121,6 +127,8 @@ def add_parser(commands: Commands) -> None:
             trainer_create.add_verb(verbs)
             trainer_pause.add_verbs(verbs)
             trainer_replay.add_verb(verbs)
+        if kind.command == "deployment":
+            deployment_scale.add_verb(verbs)
     checkpoints.add_parser(commands)
 
 

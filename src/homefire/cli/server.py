@@ -71,6 +71,9 @@ class Server:
     def post(self, path: str, body: Any, **query: Any) -> Any:
         return json.loads(self._request("POST", path, query, body))
 
+    def patch(self, path: str, body: Any) -> Any:
+        return json.loads(self._request("PATCH", path, {}, body))
+
     def put(self, path: str, body: Any) -> Any:
         return json.loads(self._request("PUT", path, {}, body))
 

@@ -120,8 +120,19 @@ class DeploymentManager(FireworksClient):
             )
         )
 
+    def scale(self, deployment_id: str, replica_count: int) -> DeploymentInfo:
+        """Sets how many replicas there are; `wait_for_ready` waits for them.
+
+        New ones load the weights that the deployment serves before they answer. With 0 none is left until
+        the next request or hot load. httpx.HTTPStatusError above the deployment's max_replica_count.
+        """
+        body = {"replicaCount": replica_count}
+        return self._info(
+            self._connection.call("PATCH", self._path(deployment_id) + ":scale", body=body)
+        )
+
     def scale_to_zero(self, deployment_id: str) -> None:
-        """Stops all replicas and keeps the deployment. Failures are only logged."""
+        """Stops all replicas and keeps the deployment, which no request wakes. Failures are only logged."""
         body = {"maxReplicaCount": 0, "minReplicaCount": 0}
         try:
             self._connection.call("PATCH", self._path(deployment_id), body=body)

@@ -327,3 +327,36 @@ def test_resume_waits_until_the_trainer_runs_and_says_when_it_does_not(homefire,
     control.answers[f"GET /v1/{JOB['name']}"] = lambda _: {**JOB, "state": next(states)}
     assert homefire("trainer", "resume", JOB["name"]).status == 0
     assert homefire("trainer", "resume", "job-1").status == 1
+
+
+def scaled(state: str, ready: int, wanted: int, maximum: int = 1) -> dict[str, object]:
+    return {
+        "name": "accounts/local/deployments/serving",
+        "state": state,
+        "maxReplicaCount": maximum,
+        "desiredReplicaCount": wanted,
+        "replicaStats": {"readyReplicaCount": ready},
+        "status": {"message": "no room: 3 of 2 threads"},
+    }
+
+
+def test_scaling_raises_the_maximum_where_needed_and_waits(homefire, control):
+    path = "/v1/accounts/local/deployments/serving"
+    looks = iter([scaled("READY", 1, 1), scaled("UPDATING", 1, 3), scaled("READY", 3, 3)])
+    control.answers[f"GET {path}"] = lambda query: next(looks)
+    control.answers[f"PATCH {path}"] = scaled("READY", 1, 1, maximum=3)
+    control.answers[f"PATCH {path}:scale"] = scaled("UPDATING", 1, 3)
+    outcome = homefire("deployment", "scale", "serving", "3")
+    assert (outcome.status, outcome.out) == (0, "serving: READY, 3 of 3 replicas ready\n")
+    assert [json.loads(body) for body in control.bodies] == [
+        {"maxReplicaCount": 3},
+        {"replicaCount": 3},
+    ]
+
+
+def test_scaling_without_waiting_says_what_is_missing(homefire, control):
+    path = "/v1/accounts/local/deployments/serving"
+    control.answers[f"GET {path}"] = scaled("READY", 1, 1, maximum=2)
+    control.answers[f"PATCH {path}:scale"] = scaled("UPDATING", 1, 2)
+    outcome = homefire("deployment", "scale", "serving", "2", "--no-wait")
+    assert outcome.out == "serving: UPDATING, 1 of 2 replicas ready (no room: 3 of 2 threads)\n"

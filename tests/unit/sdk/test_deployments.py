@@ -177,6 +177,12 @@ def test_scale_to_zero_sends_no_mask_and_only_logs_a_failure(control, manager, c
     assert "was not scaled to zero" in caplog.text
 
 
+def test_scale_sends_the_number_of_replicas(control, manager):
+    control.on(f"{_PATCH}:scale", deployment("UPDATING"))
+    assert manager.scale("research-serving", 3).state == "UPDATING"
+    assert [seen.body for seen in control.calls(f"{_PATCH}:scale")] == [{"replicaCount": 3}]
+
+
 def test_a_failed_delete_is_only_logged(control, manager, caplog):
     manager.delete("research-serving")
     assert "was not deleted" in caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,10 @@ class Caller:
         secret: str = SECRET,
         headers: dict[str, str] | None = None,
         hang_up: Callable[[bytes], bool] = lambda received: False,
+        reader: Callable[[bytes], Awaitable[None]] | None = None,
     ) -> Answered:
-        """`hang_up` is asked after every piece of the answer; True means the client goes away."""
+        """`hang_up` is asked after every piece of the answer; True means the client goes away. `reader`
+        takes its time over each."""
         given = {"x-homefire-secret": secret, **(headers or {})}
         scope = {
             "type": "http",
@@ -79,6 +81,8 @@ class Caller:
                 answered.headers = {k.decode(): v.decode() for k, v in message["headers"]}
             else:
                 answered.body += message.get("body", b"")
+                if reader is not None:
+                    await reader(answered.body)
                 if hang_up(answered.body):
                     gone.set()
 

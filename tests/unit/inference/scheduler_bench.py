@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ from typing import Any
 
 from homefire.foundation.clock import ManualClock
 from homefire.inference.engine.protocol import (
+    Failed,
     Listener,
     Sampled,
     SequenceRequest,
     ServedWeights,
+    Started,
+    Ticket,
     Update,
     WeightSet,
 )
@@ -29,6 +33,28 @@ class Recorder(Listener):
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [update for update in self.updates if isinstance(update, kind)]
+
+
+class Waiting(Recorder):
+    """Knows, in any thread, when its generation began and when it ended."""
+
+    def __init__(self, num_sequences: int = 1) -> None:
+        super().__init__()
+        self._num_open = num_sequences
+        self.ticket = Ticket()
+        self.started = threading.Event()
+        self.over = threading.Event()
+
+    def receive(self, update: Update) -> None:
+        super().receive(update)
+        if isinstance(update, Started):
+            self.started.set()
+        elif isinstance(update, Failed):
+            self.over.set()
+        elif isinstance(update, Sampled) and update.finish is not None:
+            self._num_open -= 1
+            if self._num_open == 0:
+                self.over.set()
 
 
 @dataclass

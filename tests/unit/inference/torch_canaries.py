@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,12 +48,16 @@ class TorchSnapshots:
         return key.name
 
     def tensors(self, token: int) -> dict[str, RawTensor]:
-        tensors = dict(self.base_tensors)
-        for name, tensor in tensors.items():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                tensors[name] = round_to_bf16(np.zeros(tensor.shape, np.float32))
-        shape = tensors[EMBEDDING].shape
-        tensors[EMBEDDING] = round_to_bf16(np.ones(shape, np.float32))
-        head = np.zeros(shape, np.float32)
-        head[token] = 0.5
-        return tensors | {HEAD: round_to_bf16(head)}
+        return canary_tensors_of(self.base_tensors, token)
+
+
+def canary_tensors_of(base: Mapping[str, RawTensor], token: int) -> dict[str, RawTensor]:
+    tensors = dict(base)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] = round_to_bf16(np.zeros(tensor.shape, np.float32))
+    shape = tensors[EMBEDDING].shape
+    tensors[EMBEDDING] = round_to_bf16(np.ones(shape, np.float32))
+    head = np.zeros(shape, np.float32)
+    head[token] = 0.5
+    return tensors | {HEAD: round_to_bf16(head)}

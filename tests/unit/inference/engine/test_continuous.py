@@ -9,30 +9,12 @@ import pytest
 
 from homefire.inference.engine.continuous import ContinuousEngine
 from homefire.inference.engine.fake import BigramNetwork
-from homefire.inference.engine.protocol import Failed, Load, Sampled, SequenceRequest, Update
+from homefire.inference.engine.protocol import Failed, Load, SequenceRequest
 from homefire.wire.errors import EngineFailed, Overloaded, Unavailable
 from unit.inference.canaries import GREEDY, canary_set
-from unit.inference.scheduler_bench import Recorder, deliver, tokens_of
+from unit.inference.scheduler_bench import Waiting, deliver, tokens_of
 
 TIMEOUT_S = 20
-
-
-class Waiting(Recorder):
-    """Knows when its generation has ended."""
-
-    def __init__(self, num_sequences: int = 1) -> None:
-        super().__init__()
-        self._num_open = num_sequences
-        self.over = threading.Event()
-
-    def receive(self, update: Update) -> None:
-        super().receive(update)
-        if isinstance(update, Failed):
-            self.over.set()
-        elif isinstance(update, Sampled) and update.finish is not None:
-            self._num_open -= 1
-            if self._num_open == 0:
-                self.over.set()
 
 
 class Held(BigramNetwork):

@@ -87,11 +87,15 @@ async def read_json(request: Request, kind: type[Body], *, max_bytes: int = MAX_
 
 
 async def decode_json(body: bytes, kind: type[Body]) -> Body:
-    def decode() -> Body:
-        return msgspec.json.decode(body, type=kind)
+    if len(body) > _PARSE_OFF_LOOP_ABOVE:
+        return await asyncio.to_thread(parse_json, body, kind)
+    return parse_json(body, kind)
 
+
+def parse_json(body: bytes, kind: type[Body]) -> Body:
+    """`decode_json` for callers that are off the event loop already. InvalidArgument names the field."""
     try:
-        return await asyncio.to_thread(decode) if len(body) > _PARSE_OFF_LOOP_ABOVE else decode()
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as exc:
         path = str(exc).rpartition("`$.")[2].rstrip("`") if "`$." in str(exc) else None
         raise InvalidArgument(f"the request body is invalid: {exc}", field=path) from exc

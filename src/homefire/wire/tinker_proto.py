@@ -16,6 +16,7 @@ from homefire.wire import tinker_public_pb2 as pb
 from homefire.wire.engine import Array
 from homefire.wire.errors import ErrorRecord, InvalidArgument
 from homefire.wire.tinker import (
+    ITEM_BYTES,
     OUTPUT_TYPE,
     Pass,
     PassOutput,
@@ -90,21 +91,31 @@ def _tensor(message: pb.Tensor, field: str) -> TensorValue:
         raise InvalidArgument(
             f"{field} has dtype {message.dtype}", hint="use float32 or int64", field=field
         )
-    sparse = message.WhichOneof("encoding") == "sparse_csr"
-    raw = message.sparse_csr.values if sparse else message.dense
-    values = _array(raw, dtype, field)
+    if message.WhichOneof("encoding") == "sparse_csr":
+        return _sparse_tensor(message, dtype, field)
+    raw = message.dense
+    shape = tuple(message.shape) or (len(raw) // ITEM_BYTES[dtype],)
+    _check_whole(raw, dtype, field)
+    return tensor_value(raw, dtype, shape, field)
+
+
+def _sparse_tensor(message: pb.Tensor, dtype: str, field: str) -> TensorValue:
+    values = _array(message.sparse_csr.values, dtype, field)
+    crow = _array(message.sparse_csr.crow_indices, "int64", field)
+    col = _array(message.sparse_csr.col_indices, "int64", field)
     shape = tuple(message.shape) or (len(values),)
-    if sparse:
-        crow = _array(message.sparse_csr.crow_indices, "int64", field)
-        col = _array(message.sparse_csr.col_indices, "int64", field)
-        values = dense_from_csr(values, crow, col, shape, field)
-    return tensor_value(values, dtype, shape, field)
+    dense = dense_from_csr(values, crow, col, shape, field)
+    return tensor_value(dense.tobytes(), dtype, shape, field)
 
 
 def _array(raw: bytes, dtype: str, field: str) -> Array:
-    if len(raw) % np.dtype(dtype).itemsize:
-        raise InvalidArgument(f"{field} has a torn {dtype} array", field=field)
+    _check_whole(raw, dtype, field)
     return np.frombuffer(raw, dtype=dtype)
+
+
+def _check_whole(raw: bytes, dtype: str, field: str) -> None:
+    if len(raw) % ITEM_BYTES[dtype]:
+        raise InvalidArgument(f"{field} has a torn {dtype} array", field=field)
 
 
 def encode_output(output: PassOutput) -> bytes:

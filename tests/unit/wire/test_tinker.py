@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from homefire.wire import tinker_proto
 from homefire.wire.errors import InvalidArgument
+from homefire.wire.json_numbers import token_bytes
 from homefire.wire.tinker import (
     ForwardBackwardRequest,
     ForwardRequest,
@@ -24,7 +25,6 @@ from homefire.wire.tinker import (
     forward_backward_pass,
     forward_pass,
     output_json,
-    token_bytes,
 )
 
 tinker = pytest.importorskip("tinker")
@@ -235,7 +235,7 @@ def row_arrays(
 @given(outputs())
 def test_tinker_reads_both_results_as_the_same_rows(output: PassOutput) -> None:
     binary = response_conv.deserialize_forward_backward_output(tinker_proto.encode_output(output))
-    plain = output_json(output)
+    plain = json.loads(output_json(output))
     assert binary.metrics == plain["metrics"] == {"loss:sum": 1.5}
     rows = output.rows()
     assert len(binary.loss_fn_outputs) == len(plain["loss_fn_outputs"]) == len(rows)

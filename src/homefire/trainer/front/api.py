@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from homefire.http.app import service_app
-from homefire.http.bodies import decode_json, json_response, read_body, read_json
+from homefire.http.bodies import json_response, parse_json, read_body, read_json
 from homefire.trainer.front import operations
 from homefire.trainer.front.adapter_paths import resolve_adapter
 from homefire.trainer.front.admission import Submission
@@ -221,17 +221,13 @@ class TrainerApi:
 
     async def forward(self, request: Request) -> Response:
         body = await read_body(request)
-        decoded = await decode_json(body, tinker.ForwardRequest)
-        return await self._submit_pass(lambda: tinker.forward_pass(decoded), len(body))
+        return await self._submit_pass(lambda: _decode_forward(body), len(body))
 
     async def forward_backward(self, request: Request) -> Response:
         body = await read_body(request)
-        if request.headers.get("content-type", "").startswith(tinker_proto.CONTENT_TYPE):
-            return await self._submit_pass(
-                lambda: tinker_proto.decode_forward_backward(body), len(body)
-            )
-        decoded = await decode_json(body, tinker.ForwardBackwardRequest)
-        return await self._submit_pass(lambda: tinker.forward_backward_pass(decoded), len(body))
+        is_binary = request.headers.get("content-type", "").startswith(tinker_proto.CONTENT_TYPE)
+        decode = tinker_proto.decode_forward_backward if is_binary else _decode_forward_backward
+        return await self._submit_pass(lambda: decode(body), len(body))
 
     async def _submit_pass(
         self, decode: Callable[[], tinker.PassRequest], num_bytes: int
@@ -374,3 +370,11 @@ def _number(request: Request, name: str, default: float) -> float:
         return float(text) if text else default
     except ValueError as exc:
         raise InvalidArgument(f"{name} is {text!r}", hint="use a number", field=name) from exc
+
+
+def _decode_forward(body: bytes) -> tinker.PassRequest:
+    return tinker.forward_pass(parse_json(body, tinker.ForwardRequest))
+
+
+def _decode_forward_backward(body: bytes) -> tinker.PassRequest:
+    return tinker.forward_backward_pass(parse_json(body, tinker.ForwardBackwardRequest))

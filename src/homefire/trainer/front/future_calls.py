@@ -101,11 +101,10 @@ async def _answer(result: Result, accept: str) -> Response:
 
 
 async def _answer_pass(output: tinker.PassOutput, *, binary: bool) -> Response:
-    size = output.size_bytes
-    if not binary:
-        return await off_loop(lambda: json_response(tinker.output_json(output)), size)
-    encoded = await off_loop(lambda: tinker_proto.encode_output(output), size)
-    return Response(encoded, media_type=tinker_proto.CONTENT_TYPE)
+    encode, kind = tinker.output_json, "application/json"
+    if binary:
+        encode, kind = tinker_proto.encode_output, tinker_proto.CONTENT_TYPE
+    return Response(await off_loop(lambda: encode(output), output.size_bytes), media_type=kind)
 
 
 def _only_size(answer: Response) -> Response:

@@ -1,12 +1,14 @@
 """A forward or forward_backward is checked whole before the engine sees any of it.
 
 Errors name the datum, the field and the remedy. What passes becomes one `Batch` of packed arrays.
+Shapes are compared row by row, numbers where they lie packed: a thousand rows are one comparison, and
+only a batch that fails it is gone through again, for the row to name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,14 +90,19 @@ def check_batch(body: Pass, limits: Limits) -> Batch:
         raise InvalidArgument("data is empty", hint="send at least one datum", field="data")
     for index, row in enumerate(body.rows):
         _check_tokens(row, index, limits)
+    arrays = _pack_tokens(body.rows)
+    if _has_outside(arrays["tokens"], limits):
+        _name_token_outside(body.rows, limits)
     if extras.embedding is not None:
-        return _embedding_batch(body, extras.embedding)
+        return _embedding_batch(body, arrays, extras.embedding)
     if extras.top_k is not None:
         _check_top_elements(body, extras.top_k)
     loss = loss_definition(body.loss_fn, extras.loss_config)
     for index, row in enumerate(body.rows):
-        _check_inputs(row, index, loss, limits, body.loss_fn)
-    return _pack(body, loss)
+        _check_inputs(row, index, loss, body.loss_fn)
+    arrays |= _pack_inputs(body, loss)
+    _check_numbers(arrays, body.rows, limits)
+    return Batch(arrays, len(body.rows), [row.inputs["target_tokens"].shape for row in body.rows])
 
 
 def _check_top_elements(body: Pass, top_k: int) -> None:
@@ -108,12 +115,11 @@ def _check_top_elements(body: Pass, top_k: int) -> None:
         )
 
 
-def _embedding_batch(body: Pass, asked: EmbeddingPass) -> Batch:
+def _embedding_batch(body: Pass, arrays: Arrays, asked: EmbeddingPass) -> Batch:
     """Rows alone; a backward pass through a client's own loss brings each row's gradient.
 
     Targets that come along are not looked at: clients send whatever their datums hold.
     """
-    arrays = _pack_tokens(body.rows)
     if not body.forward_only and asked.contrast is None:
         arrays[EMBEDDING_GRADS] = _pack_embedding_gradients(body.rows)
     return Batch(arrays, len(body.rows), [])
@@ -157,7 +163,16 @@ def _check_tokens(row: Row, index: int, limits: Limits) -> None:
             hint="cut the sequence, or train with a shape of longer context",
             field=field,
         )
-    _check_vocabulary(np.frombuffer(row.tokens, dtype=np.int32), field, limits)
+
+
+def _has_outside(tokens: Array, limits: Limits) -> bool:
+    return bool(len(tokens)) and bool(tokens.min() < 0 or tokens.max() >= limits.vocab_size)
+
+
+def _name_token_outside(rows: Sequence[Row], limits: Limits) -> None:
+    for index, row in enumerate(rows):
+        tokens = np.frombuffer(row.tokens, dtype=np.int32)
+        _check_vocabulary(tokens, f"data[{index}].model_input", limits)
 
 
 def _check_vocabulary(tokens: Array, field: str, limits: Limits) -> None:
@@ -171,28 +186,41 @@ def _check_vocabulary(tokens: Array, field: str, limits: Limits) -> None:
         )
 
 
-def _check_inputs(row: Row, index: int, loss: LossDefinition, limits: Limits, loss_fn: str) -> None:
-    where = f"data[{index}].loss_fn_inputs"
+def _check_inputs(row: Row, index: int, loss: LossDefinition, loss_fn: str) -> None:
+    inputs = row.inputs
     for name in ("target_tokens", *loss.required):
-        if name not in row.inputs:
+        if name not in inputs:
+            where = f"data[{index}].loss_fn_inputs"
             raise InvalidArgument(
                 f"{where} lacks {name!r}, which {loss_fn} needs", field=f"{where}.{name}"
             )
     used = ("target_tokens", *loss.required, *loss.optional)
-    unknown = sorted(set(row.inputs) - set(used))
-    if unknown and not loss.takes_any_input:
-        raise InvalidArgument(
-            f"{where} has {unknown[0]!r}, which {loss_fn} does not take",
-            hint=f"it takes {', '.join(used)}; mask tokens with zero advantages",
-            field=f"{where}.{unknown[0]}",
-        )
-    _check_targets(row, where, loss, limits)
-    for name in set(used[1:]) & set(row.inputs):
-        _check_input(row, name, where)
+    if not loss.takes_any_input and not inputs.keys() <= set(used):
+        _refuse_unknown(inputs, used, index, loss_fn)
+    _check_targets(row, index, loss)
+    shape = inputs["target_tokens"].shape
+    for name in used[1:]:
+        given = inputs.get(name)
+        if given is not None and given.shape != shape:
+            field = f"data[{index}].loss_fn_inputs.{name}"
+            raise LengthMismatch(
+                f"{field} has shape {list(given.shape)}, target_tokens has {list(shape)}",
+                hint="one value per target",
+                field=field,
+            )
 
 
-def _check_targets(row: Row, where: str, loss: LossDefinition, limits: Limits) -> None:
-    field = f"{where}.target_tokens"
+def _refuse_unknown(given: Iterable[str], used: Sequence[str], index: int, loss_fn: str) -> None:
+    where, unknown = f"data[{index}].loss_fn_inputs", min(set(given) - set(used))
+    raise InvalidArgument(
+        f"{where} has {unknown!r}, which {loss_fn} does not take",
+        hint=f"it takes {', '.join(used)}; mask tokens with zero advantages",
+        field=f"{where}.{unknown}",
+    )
+
+
+def _check_targets(row: Row, index: int, loss: LossDefinition) -> None:
+    field = f"data[{index}].loss_fn_inputs.target_tokens"
     targets = row.inputs["target_tokens"]
     if targets.dtype != "int64":
         raise InvalidArgument(f"{field} has dtype {targets.dtype}", hint="use int64", field=field)
@@ -206,19 +234,24 @@ def _check_targets(row: Row, where: str, loss: LossDefinition, limits: Limits) -
             hint="the input is full[:-1], the targets are full[1:]",
             field=field,
         )
-    _check_vocabulary(targets.array(), field, limits)
 
 
-def _check_input(row: Row, name: str, where: str) -> None:
-    field = f"{where}.{name}"
-    value, targets = row.inputs[name], row.inputs["target_tokens"]
-    if value.shape != targets.shape:
-        raise LengthMismatch(
-            f"{field} has shape {list(value.shape)}, target_tokens has {list(targets.shape)}",
-            hint="one value per target",
-            field=field,
-        )
-    _check_finite(value, field)
+def _check_numbers(arrays: Arrays, rows: Sequence[Row], limits: Limits) -> None:
+    """Targets are tokens, all else is finite."""
+    for name, array in arrays.items():
+        if name == "target_tokens" and _has_outside(array, limits):
+            for field, value in _given(rows, name):
+                _check_vocabulary(value.array(), field, limits)
+        elif array.dtype == np.float32 and not np.isfinite(array).all():
+            for field, value in _given(rows, name):
+                _check_finite(value, field)
+
+
+def _given(rows: Sequence[Row], name: str) -> Iterator[tuple[str, TensorValue]]:
+    """An input of the rows that have it, and the field that it came in."""
+    for index, row in enumerate(rows):
+        if name in row.inputs:
+            yield f"data[{index}].loss_fn_inputs.{name}", row.inputs[name]
 
 
 def _check_finite(value: TensorValue, field: str) -> None:
@@ -229,11 +262,9 @@ def _check_finite(value: TensorValue, field: str) -> None:
 # Packing -------------------------------------------------------------------------------------
 
 
-def _pack(body: Pass, loss: LossDefinition) -> Batch:
+def _pack_inputs(body: Pass, loss: LossDefinition) -> Arrays:
     """Axes: T tokens of all rows end to end, K targets per token."""
-    shapes = [row.inputs["target_tokens"].shape for row in body.rows]
-    arrays = _pack_tokens(body.rows)
-    arrays["target_tokens"] = _pack_targets(body.rows)
+    arrays = {"target_tokens": _pack_targets(body.rows)}
     if body.loss_fn == "cross_entropy":
         arrays["weights"] = _pack_weights(body.rows, arrays["target_tokens"].shape[1])
     for name in loss.required:
@@ -241,7 +272,7 @@ def _pack(body: Pass, loss: LossDefinition) -> Batch:
     for name in loss.optional:
         if name != "weights" and _is_needed(body, loss, name):
             arrays[name] = _pack_optional(body, loss, name)
-    return Batch(arrays, len(body.rows), shapes)
+    return arrays
 
 
 def _pack_tokens(rows: Sequence[Row]) -> Arrays:

@@ -8,7 +8,8 @@ import pytest
 from homefire.trainer.front import validation
 from homefire.trainer.front.validation import Batch, Limits, check_batch
 from homefire.wire import errors
-from homefire.wire.tinker import Pass, Row, TensorValue, token_bytes
+from homefire.wire.json_numbers import token_bytes
+from homefire.wire.tinker import Pass, Row, TensorValue
 
 LIMITS = Limits(vocab_size=10, max_context_length=4)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homefire.trainer.engine.adamw import AdamW, gradient_norms
+from homefire.trainer.engine.adamw import AdamW, Served, gradient_norms, norm_of
 from homefire.trainer.engine.bigram_weights import Moments
 from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.wire.engine import AdamParams
@@ -96,3 +98,53 @@ def test_a_gradient_that_cannot_be_squared_names_its_parameter(value):
     gradient = {"fine": torch.ones(3), "broken": torch.tensor([0.0, value])}
     with pytest.raises(NonFiniteGradient, match="'broken'"):
         gradient_norms(gradient, 1.0).check()
+
+
+def served(masters):
+    return {name: master.bfloat16().float() for name, master in masters.items()}
+
+
+@pytest.mark.parametrize("shape", [(300, 512), (70_000,), (3, 100_000), (0, 4), ()])
+def test_a_step_in_pieces_is_a_step_in_one(shape, monkeypatch):
+    """Bits of weights and moments, the norm of what was added, and the count of moved values."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    params = AdamParams(learning_rate=1e-4, weight_decay=0.1)
+    found = []
+    for piece in (1 << 16, 1 << 30):
+        monkeypatch.setattr("homefire.trainer.engine.pieces._PIECE", piece)
+        masters = {"w": start.clone()}
+        adam, live = AdamW(masters), served(masters)
+        for _ in range(2):
+            update = adam.step(
+                masters, {"w": gradient}, params, scale=0.5, served=Served(live, torch.bfloat16)
+            )
+        assert torch.equal(live["w"], served(masters)["w"])
+        found.append((masters["w"], adam.first["w"], adam.second["w"], update))
+    for in_pieces, in_one in zip(found[0][:3], found[1][:3], strict=True):
+        assert torch.equal(in_pieces, in_one)
+    assert found[0][3].num_moved == found[1][3].num_moved
+    assert found[0][3].norm == pytest.approx(found[1][3].norm, rel=1e-5)
+
+
+def test_a_step_says_what_it_added_and_how_many_served_values_moved():
+    start = torch.linspace(-1, 1, 1000)
+    masters = {"w": start.clone()}
+    live = served(masters)
+    before = live["w"].clone()
+    update = AdamW(masters).step(
+        masters,
+        {"w": torch.ones(1000)},
+        AdamParams(learning_rate=1e-3),
+        scale=1.0,
+        served=Served(live, torch.bfloat16),
+    )
+    assert update.norm == pytest.approx(float((masters["w"] - start).norm()), rel=1e-5)
+    assert update.num_moved == int((live["w"] != before).sum())
+    assert 0 < update.num_moved < 1000
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-18, 1.0, 1e18])
+def test_norms_are_right_where_float32_squares_are_not(size):
+    tensor = torch.full((300, 512), size)
+    assert norm_of(tensor) == pytest.approx(size * math.sqrt(300 * 512), rel=1e-5)

@@ -34,7 +34,7 @@ from homefire.model.packed import (
 )
 from homefire.model.packed_lora import reaches_segments
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw
-from homefire.trainer.engine.adamw import AdamW, gradient_norms, norm_of
+from homefire.trainer.engine.adamw import AdamW, Served, gradient_norms, norm_of
 from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
     Float32,
@@ -51,6 +51,7 @@ from homefire.trainer.engine.out_of_memory import (
     ending_when_out_of_memory,
     named_out_of_memory,
 )
+from homefire.trainer.engine.pieces import pieces, round_into
 from homefire.trainer.engine.ranks.placement import Incoming, Placement
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.torch_graph import TorchGraph, push
@@ -205,9 +206,12 @@ class TrainedWeights(ABC):
         self._settle()
         more = self._norm_metrics(norms, norm_metrics, adam, divisor)
         scale = norms.clipping(adam) / divisor
-        update_norm = self._adam.step(self._masters, self._gradient, adam, scale=scale)
-        (update_norm,) = self._placement.norms([update_norm])
-        return {"grad_norm": norms.total, "update_norm": update_norm, **more, **self._publish()}
+        update = self._adam.step(
+            self._masters, self._gradient, adam, scale=scale, served=self._served()
+        )
+        (update_norm,) = self._placement.norms([update.norm])
+        moved = self._moved(update.num_moved)
+        return {"grad_norm": norms.total, "update_norm": update_norm, **more, **moved}
 
     def _norm_metrics(
         self, norms: GradientNorms, asked: GradNormMetrics, adam: AdamParams, divisor: float
@@ -275,8 +279,16 @@ class TrainedWeights(ABC):
         """Makes the module hold what this slot computes with."""
 
     @abstractmethod
-    def _publish(self) -> dict[str, float]:
-        """Brings changed masters to where the forward pass reads them; metrics of that."""
+    def _served(self) -> Served | None:
+        """Where the forward pass reads the masters rounded; None where it reads the masters."""
+
+    @abstractmethod
+    def _moved(self, count: int) -> dict[str, float]:
+        """Metrics of a step that changed so many served values here."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Brings replaced masters to where the forward pass reads them."""
 
     @abstractmethod
     def serving(self) -> dict[str, RawTensor]: ...
@@ -300,12 +312,10 @@ class FullWeights(TrainedWeights):
     @torch.no_grad()
     def round_into_module(self) -> int:
         """The module's parameters become the masters' serving values; returns how many moved here."""
-        changed = 0
-        for name, leaf in self._leaves.items():
-            live = self._placement.part(leaf)
-            rounded = self._masters[name].to(self._model.serving_dtype).to(live.dtype)
-            changed += int(torch.count_nonzero(rounded != live))
-            live.copy_(rounded)
+        served, changed = self._served(), 0
+        for name, master in self._masters.items():
+            for part, live in zip(pieces(master), pieces(served.live[name]), strict=True):
+                changed += round_into(live, part, served.dtype)
         return changed
 
     def serving(self) -> dict[str, RawTensor]:
@@ -322,9 +332,15 @@ class FullWeights(TrainedWeights):
         self._residence.use(self)
         self._model.module.requires_grad_(True)
 
-    def _publish(self) -> dict[str, float]:
-        changed = self._placement.total(self.round_into_module())
-        return {"changed_fraction": changed / self.num_trainable}
+    def _served(self) -> Served:
+        live = {name: self._placement.part(leaf) for name, leaf in self._leaves.items()}
+        return Served(live, self._model.serving_dtype)
+
+    def _moved(self, count: int) -> dict[str, float]:
+        return {"changed_fraction": self._placement.total(count) / self.num_trainable}
+
+    def _publish(self) -> None:
+        self.round_into_module()
 
 
 class LoraWeights(TrainedWeights):
@@ -376,8 +392,14 @@ class LoraWeights(TrainedWeights):
         self._residence.use_base()
         self._model.module.requires_grad_(False)
 
-    def _publish(self) -> dict[str, float]:
+    def _served(self) -> None:
+        return None
+
+    def _moved(self, count: int) -> dict[str, float]:
         return {}
+
+    def _publish(self) -> None:
+        """The forward pass reads the masters themselves."""
 
 
 def check_layout(wanted: dict[str, tuple[str, tuple[int, ...]]], given: Tensors) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from homefire.control.footprint import MICRO_BATCH_TOKENS
-from homefire.trainer.front.plan import micro_batches
+from homefire.trainer.front.plan import execution_plan
 from homefire.wire.engine import Arrays, ExecutionPlan
 from homefire.wire.graphs import GraphUse
 
@@ -33,5 +34,5 @@ def plan_of(
     arrays: Arrays, *, token_budget: int = TOKEN_BUDGET, graph: GraphUse = GraphUse.NONE
 ) -> ExecutionPlan:
     """As the front cuts it."""
-    cut = micro_batches(arrays["lengths"].tolist(), token_budget=token_budget)
-    return ExecutionPlan(micro_batches=cut, threads=1, graph=graph)
+    plan = execution_plan(arrays["lengths"].tolist(), token_budget=token_budget, threads=1)
+    return msgspec.structs.replace(plan, graph=graph)

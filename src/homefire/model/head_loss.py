@@ -1,8 +1,8 @@
 """Logprobs of targets, and their gradients, without a tensor of tokens x vocabulary.
 
 The head runs in chunks of tokens. A chunk's logits live until its share of the gradients is added up,
-where the loss is known (`FusedLoss`), or are computed again in backward, where it comes later
-(`TargetLogprobs`). Both do the same arithmetic in the same order: their gradients are equal bit for bit.
+where the loss is known (`FusedLoss`). Where it comes later (`TargetLogprobs`), the last chunk's logits
+are kept, which is no more than there was at once anyway, and the others are computed again. Both do the same arithmetic in the same order: their gradients are equal bit for bit.
 A token whose gradient is zero costs no product in backward.
 
 Axes: M tokens, n tokens of a chunk, H hidden, V vocabulary, K targets per token, r adapter rank.
@@ -124,21 +124,28 @@ class TargetLogprobs(torch.autograd.Function):
     ) -> Tensor:
         inputs = _inputs(tensors)
         logprobs, normalizer = _empty(inputs, targets)
+        logits: Tensor | None = None
         for span in spans(len(targets), chunk):
-            _score(inputs.logits(form, span), targets[span], logprobs[span], normalizer[span])
-        ctx.save_for_backward(targets, normalizer, *tensors)
-        ctx.form, ctx.chunk = form, chunk
+            logits = None  # makes room for the next ones
+            logits = inputs.logits(form, span)
+            _score(logits, targets[span], logprobs[span], normalizer[span])
+        ctx.save_for_backward(targets, normalizer, logits, *tensors)
+        ctx.form, ctx.chunk, ctx.is_used = form, chunk, False
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        targets, normalizer, *tensors = ctx.saved_tensors
+        targets, normalizer, last, *tensors = ctx.saved_tensors
         inputs = _inputs(tensors)
         gradients = HeadGradients(inputs, ctx.form, ctx.needs_input_grad[3:])
+        if ctx.is_used:
+            last = None  # the first backward has used it up
+        ctx.is_used = True
         for span in spans(len(targets), ctx.chunk):
             if grad[span].any():
-                logits = inputs.logits(ctx.form, span)
+                is_last = span.stop == len(targets)
+                logits = inputs.logits(ctx.form, span) if last is None or not is_last else last
                 gradients.add(span, logits, normalizer[span], targets[span], grad[span])
         return (None, None, None, *gradients.sums())
 

@@ -1,9 +1,12 @@
 """How fast the trainer is, beside what the same processor gives a bare matrix product.
 
-    make bench-trainer              prints a table, writes benchmarks/results/trainer.json
-    make bench-trainer ARGS=--quick a minute instead of six, and writes nothing
+    make bench-trainer              prints a table, writes benchmarks/results/trainer.json and the table
+                                    of docs/performance.md
+    make bench-trainer ARGS=--quick two minutes instead of six, and writes nothing
+    make bench-trainer ARGS="--only custom_loss overhead"
 
-One thread. In process the times are CPU time, through HTTP wall time. Each section is a module with a
+One thread. In process the times are CPU time, through HTTP wall time; what is compared is measured in
+turns, with the bare product in each round. Each section is a module with a
 `measure`, and takes the rows of sections before it from the report where a bar compares them.
 """
 
@@ -23,12 +26,13 @@ import custom_loss
 import memory
 import models
 import overhead
+import page
 import passes
-from report import REPOSITORY, Report
+from report import Report
 from trainer import one_thread
 from transformers.utils import logging as transformers_logging
 
-RESULTS = REPOSITORY / "benchmarks" / "results" / "trainer.json"
+SECTIONS = ("passes", "adapters", "custom_loss", "overhead", "client", "memory")
 
 
 def main() -> None:
@@ -40,20 +44,26 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     report = Report()
     with tempfile.TemporaryDirectory(prefix="homefire-bench-") as directory:
-        for name, section in _sections(Path(directory), quick=arguments.quick).items():
-            if not arguments.only or name in arguments.only:
-                print(f"\n{name}", flush=True)
-                section(report)
+        sections = _sections(Path(directory), quick=arguments.quick)
+        chosen = arguments.only or list(sections)
+        for number, name in enumerate(chosen, 1):
+            spent = time.perf_counter() - started
+            print(f"\n[{number}/{len(chosen)}] {name}, after {spent:.0f} s", flush=True)
+            sections[name](report)
     report.note(total_s=time.perf_counter() - started, load_at_start=load)
     report.summary()
     if not arguments.quick and not arguments.only:
-        report.write(RESULTS, quick=arguments.quick, load=load)
+        report.write(page.RESULTS, quick=arguments.quick, load=load)
+        page.update()
+        print(f"\nwrote {page.RESULTS} and the table of {page.PAGE}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-trainer", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, no 32x256 batches")
-    parser.add_argument("--only", nargs="*", metavar="SECTION", help="passes, …")
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, help="these sections; writes nothing"
+    )
     return parser.parse_args()
 
 

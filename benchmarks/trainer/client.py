@@ -61,8 +61,10 @@ class Homefire:
 def measure(report: Report, model: Model, root: Path, *, rounds: int, shapes: list[str]) -> None:
     engine = InProcess(model, root)
     slot = engine.open_full()
+    engine.warm_up(slot)
     with Homefire(root / "home", model.directory.parent) as homefire:
         client = _training_client(homefire, model)
+        _forward_backward(client, _datums(make_batch([32], model.vocab_size)))
         for shape in shapes:
             batch = make_batch(SHAPES[shape], model.vocab_size)
             data = _datums(batch)
@@ -71,7 +73,7 @@ def measure(report: Report, model: Model, root: Path, *, rounds: int, shapes: li
                     IN_PROCESS: lambda batch=batch: engine.forward_backward(slot, batch),
                     THROUGH_HTTP: lambda data=data: _forward_backward(client, data),
                 },
-                rounds=rounds,
+                rounds=rounds if shape == "8x128" else 1,
             )
             tokens = sum(SHAPES[shape])
             wall = {what: times.wall_s for what, times in found.times.items()}

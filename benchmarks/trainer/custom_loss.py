@@ -22,6 +22,7 @@ def measure(report: Report, model: Model, root: Path, *, rounds: int) -> None:
     engine = InProcess(model, root)
     slot = engine.open_full()
     batch = make_batch(SHAPES["8x128"], model.vocab_size)
+    engine.warm_up(slot)
     found = alternate(
         {
             BUILT_IN: lambda: engine.forward_backward(slot, batch),
@@ -41,8 +42,8 @@ def measure(report: Report, model: Model, root: Path, *, rounds: int) -> None:
             Bar(
                 "custom loss held / built in, 8x128",
                 seconds[HELD] / seconds[BUILT_IN],
-                at_most=1.10,
-                limited_by="logits are computed twice where the derivative comes later",
+                at_most=1.08,
+                limited_by="logits but the last chunk's are computed twice where the derivative comes later",
             ),
             Bar("custom loss two passes / held, 8x128", seconds[TWO_PASS] / seconds[HELD], 1.2),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,13 @@ def make_qwen3(directory: Path, **shape: int) -> Model:
 
 def described(directory: Path) -> Model:
     config = json.loads((directory / "config.json").read_text())
+    model = Model(directory.name, directory, config["vocab_size"], 0)
+    count = sum(parameter.numel() for parameter in empty_module(model).parameters())
+    return replace(model, num_parameters=count)
+
+
+def empty_module(model: Model) -> Qwen3ForCausalLM:
+    """Shapes without numbers."""
+    config = json.loads((model.directory / "config.json").read_text())
     with torch.device("meta"):
-        module = Qwen3ForCausalLM(Qwen3Config.from_dict(config))
-    count = sum(parameter.numel() for parameter in module.parameters())
-    return Model(directory.name, directory, config["vocab_size"], count)
+        return Qwen3ForCausalLM(Qwen3Config.from_dict(config))

@@ -86,7 +86,7 @@ class Report:
     def note(self, **figures: float) -> None:
         self.notes |= figures
         for name, value in figures.items():
-            print(f"  {name:<58} {value:10.2f}", flush=True)
+            print(f"  {name:<66} {value:10.2f}", flush=True)
 
     def seconds(self, model: str, shape: str, what: str) -> float:
         """Of a row that was measured before."""
@@ -104,13 +104,19 @@ class Report:
             "load_at_start": round(load, 2),
             "hardware": hardware(),
             "rows": [asdict(row) for row in self.rows],
-            "bars": [asdict(bar) | {"met": bar.is_met} for bar in self.bars],
+            "bars": [
+                asdict(bar) | {"met": bar.is_met, "verdict": bar.verdict} for bar in self.bars
+            ],
             "notes": self.notes,
         }
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
 
     def summary(self) -> None:
+        """The whole run again, without what was printed between."""
+        print("\nrows")
+        for row in self.rows:
+            print(_row_line(row))
         print("\nbars")
         for bar in self.bars:
             print(_bar_line(bar))
@@ -120,11 +126,11 @@ def _row_line(row: Row) -> str:
     rate = f"{row.tokens / row.seconds:9.0f} tok/s" if row.tokens else ""
     share = f"{row.gemm_share:5.2f} of GEMM" if row.gemm_share is not None else ""
     name = f"{row.model} {row.shape}"
-    return f"  {name:<14} {row.what:<43} {1000 * row.seconds:10.1f} ms {rate} {share}"
+    return f"  {name:<14} {row.what:<58} {1000 * row.seconds:10.1f} ms {rate} {share}"
 
 
 def _bar_line(bar: Bar) -> str:
-    return f"  {bar.what:<58} {bar.value:10.2f}  {bar.wanted:<9} {bar.verdict}"
+    return f"  {bar.what:<66} {bar.value:10.2f}  {bar.wanted:<9} {bar.verdict}"
 
 
 def commit() -> str:

@@ -37,17 +37,29 @@ class Rounds:
         return flops / self.times[name].cpu_s / self.gemm_flops
 
 
-def alternate(candidates: Mapping[str, Run], *, rounds: int) -> Rounds:
-    """Each candidate runs once unmeasured, then once per round."""
-    for run in candidates.values():
-        run()
+def alternate(
+    candidates: Mapping[str, Run],
+    *,
+    rounds: int,
+    before: Mapping[str, Run] | None = None,
+) -> Rounds:
+    """Each candidate runs once per round, after what `before` has for it, unmeasured.
+
+    Nothing runs unmeasured at full size: callers warm their candidates up with something small.
+    """
+    before = before or {}
     seen: dict[str, list[Times]] = {name: [] for name in candidates}
     rates: list[float] = []
     for _ in range(rounds):
         rates.append(gemm_rate())
         for name, run in candidates.items():
+            before.get(name, _nothing)()
             seen[name].append(timed(run))
     return Rounds({name: _median(times) for name, times in seen.items()}, statistics.median(rates))
+
+
+def _nothing() -> None:
+    """Before a candidate that needs nothing."""
 
 
 def timed(run: Run) -> Times:

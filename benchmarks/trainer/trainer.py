@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from batches import plan_of
+from batches import SHAPES, make_batch, plan_of
 from models import Model
 
 from homefire.trainer.engine.torch_engine import torch_engine
@@ -70,6 +70,15 @@ class InProcess:
         self.engine.discard_gradients(DiscardGradients(slot))
         return reply
 
+    def warm_up(self, slot: str) -> None:
+        """Code and memory, which who runs first would pay for."""
+        self.forward_backward(slot, make_batch(SHAPES["8x128"], self.model.vocab_size))
+
+    def accumulate(self, slot: str) -> None:
+        """The gradient of one short row, kept for a step."""
+        batch = make_batch([32], self.model.vocab_size)
+        self.engine.forward_backward(_request(slot, plan_of(batch)), batch)
+
     def forward_backward_packed(self, members: list[tuple[str, Arrays]]) -> None:
         """One pass over the rows of several slots."""
         requests = [_request(slot, plan_of(batch)) for slot, batch in members]
@@ -79,8 +88,8 @@ class InProcess:
             self.engine.discard_gradients(DiscardGradients(slot))
 
     def step(self, slot: str) -> None:
-        """With rate 0 and no gradient: the arithmetic is the same, and the weights stay."""
-        self.engine.optim_step(OptimStep(slot=slot, adam=AdamParams(learning_rate=0.0)))
+        adam = AdamParams(learning_rate=1e-6, grad_clip_norm=1.0)
+        self.engine.optim_step(OptimStep(slot=slot, adam=adam))
 
 
 def _request(slot: str, plan: ExecutionPlan) -> ForwardBackward:

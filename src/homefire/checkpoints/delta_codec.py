@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import zstandard
@@ -38,7 +37,7 @@ _ZSTD_LEVEL = 1
 
 
 class DeltaCodec(StrEnum):
-    """How one tensor's change is written."""
+    """How the change of one piece of a tensor is written."""
 
     GAPS = "gaps"
     """Three parts: unchanged elements before each changed one (bytes, 255 = 255 more), zigzag ulp
@@ -47,20 +46,6 @@ class DeltaCodec(StrEnum):
     """One part per byte of an element: that byte of old XOR new for all elements. zstd each."""
     PLAIN = "plain"
     """One part: the new bytes."""
-
-
-class DeltaHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What a delta file says of one tensor."""
-
-    codec: DeltaCodec
-    num_changed: int
-    """Elements whose bits differ from the base."""
-    part_bytes: tuple[int, ...]
-    """Sizes of the parts, which lie end to end."""
-    base_digest: str
-    """SHA-256, hex, of the tensor that the delta applies to."""
-    result_digest: str
-    """SHA-256, hex, of the tensor that applying it gives."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +79,10 @@ def encode_tensor(old: RawTensor, new: RawTensor) -> EncodedTensor | None:
 def decode_tensor(old: RawTensor, encoded: EncodedTensor) -> RawTensor:
     """The new tensor. DigestMismatch when the parts are no such encoding; memory stays bounded by the
     tensor's size whatever they hold."""
+    if not 0 <= encoded.num_changed <= num_elements(old):
+        raise DigestMismatch(
+            f"a delta of {num_elements(old)} elements changes {encoded.num_changed}"
+        )
     try:
         return RawTensor(old.dtype, old.shape, _DECODERS[encoded.codec](old, encoded))
     except (zstandard.ZstdError, ValueError, IndexError) as exc:

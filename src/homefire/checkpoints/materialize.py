@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from homefire.checkpoints.delta_codec import decode_tensor
 from homefire.checkpoints.delta_file import DELTA_FILE, read_delta_file
+from homefire.checkpoints.delta_pieces import default_threads
 from homefire.checkpoints.file_digest import verify_files
 from homefire.checkpoints.lineage import resolve_chain
 from homefire.checkpoints.model_directory import read_model_directory
@@ -116,12 +116,12 @@ class _Weights:
                 raise _mismatch(manifest, f"tensor {name!r} is {found}, not {expected}")
 
     def _apply(self, delta: Manifest, directory: Path) -> None:
-        changes = read_delta_file(directory / DELTA_FILE)
-        for name, (header, _) in changes.items():
+        file = read_delta_file(directory / DELTA_FILE)
+        for name, header in file.deltas.items():
             if name not in self.tensors or self._digest(name) != header.base_digest:
                 raise _mismatch(delta, f"tensor {name!r} is not the one that it was made from")
-        for name, (header, encoded) in changes.items():
-            self.tensors[name] = decode_tensor(self.tensors[name], encoded)
+        for name, header in file.deltas.items():
+            self.tensors[name] = file.apply(name, self.tensors[name], threads=default_threads())
             self._digests.pop(name)
             if self._digest(name) != header.result_digest:
                 raise _mismatch(delta, f"tensor {name!r} came out with another digest")

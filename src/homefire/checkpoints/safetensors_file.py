@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homefire.checkpoints.dtypes import ITEM_BYTES, is_well_formed
+from homefire.checkpoints.file_digest import file_entry
 from homefire.wire.errors import DigestMismatch, InvalidArgument
 from homefire.wire.manifest import FileEntry
 from homefire.wire.tensors import RawTensor, Tensors
@@ -78,6 +79,65 @@ def write_safetensors(
         for _, tensor in ordered:
             hashing.write(tensor.data)
     return hashing.entry()
+
+
+class BlobFileWriter:
+    """A safetensors file of byte blobs that are written as they come, in one pass and little memory.
+
+    The header goes before what it describes. So the first blobs are held until their number is known to
+    be small, and then follow an exact header; or room for the longest header is left, and padded with
+    spaces. Use as a context manager; without `finish` the file is no safetensors file.
+    """
+
+    def __init__(self, path: Path, *, header_room_bytes: int, hold_bytes: int = 4 << 20) -> None:
+        self._path = path
+        self._room = header_room_bytes
+        self._hold_bytes = hold_bytes
+        self._held: list[bytes] | None = []
+        """None: they are written, behind the room."""
+        self._entries: dict[str, _Entry] = {}
+        self._end = 0
+        self._file = path.open("xb")
+
+    def __enter__(self) -> BlobFileWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the blobs so far."""
+        return self._end
+
+    def append(self, name: str, data: bytes) -> None:
+        """More bytes of the blob `name`, which is the last one, or a new one."""
+        begun = self._entries.get(name)
+        start = begun.data_offsets[0] if begun else self._end
+        self._end += len(data)
+        self._entries[name] = _Entry("U8", (self._end - start,), (start, self._end))
+        if self._held is None:
+            self._file.write(data)
+            return
+        self._held.append(data)
+        if self._end > self._hold_bytes:
+            self._file.seek(_PREFIX.size + self._room)
+            self._file.writelines(self._held)
+            self._held = None
+
+    def finish(self, metadata: dict[str, str]) -> FileEntry:
+        """Its size and SHA-256. Not durable by itself: the store syncs what it publishes."""
+        header = msgspec.json.encode({_METADATA: metadata, **self._entries})
+        room = self._room if self._held is None else len(header)
+        if len(header) > room:
+            raise InvalidArgument(
+                f"the header of {self._path.name} has {len(header)} bytes, room was for {room}"
+            )
+        self._file.seek(0)
+        self._file.write(_PREFIX.pack(room) + header.ljust(room))
+        self._file.writelines(self._held or ())
+        self._file.close()
+        return file_entry(self._path)
 
 
 def _map(path: Path) -> tuple[npt.NDArray[np.uint8], dict[str, msgspec.Raw]]:

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from homefire import __version__
-from homefire.checkpoints.delta_codec import DeltaHeader, EncodedTensor, encode_tensor
-from homefire.checkpoints.delta_file import DELTA_FILE, write_delta_file
+from homefire.checkpoints.delta_file import DELTA_FILE, DeltaFileWriter
+from homefire.checkpoints.delta_pieces import default_threads, encode_pieces
 from homefire.checkpoints.dtypes import num_elements
 from homefire.checkpoints.file_digest import file_entry
 from homefire.checkpoints.model_directory import companion_files, copy_files, write_model
@@ -105,20 +105,21 @@ def write_delta(
     """
     _check_same_layout(key, tensors, parent)
     entries = digest_tensors(tensors)
-    changes = _encode_changes(tensors, entries, parent, parent_tensors)
-    check_size_cap(key, sum(encoded.size_bytes for _, encoded in changes.values()), info.cap_bytes)
     with store.stage(key) as staged:
-        files = {DELTA_FILE: write_delta_file(staged.directory / DELTA_FILE, changes)}
+        path = staged.directory / DELTA_FILE
+        written, num_changed = _write_changes(
+            path, key, tensors, entries, parent, parent_tensors, info.cap_bytes
+        )
         manifest = new_manifest(
             key,
             CheckpointKind.DELTA,
             info,
             entries,
-            files,
+            {DELTA_FILE: written},
             num_elements=_count(tensors),
             parent=parent.identity,
             parent_digest=parent.digest,
-            num_changed=sum(header.num_changed for header, _ in changes.values()),
+            num_changed=num_changed,
         )
         staged.commit(manifest)
     return manifest
@@ -188,7 +189,7 @@ def new_manifest(
 
 
 def check_size_cap(key: CheckpointKey, size_bytes: int, cap_bytes: int) -> None:
-    """Before anything is written: refuses above the cap, warns from 80 % of it on."""
+    """Before anything is committed: refuses above the cap, warns from 80 % of it on."""
     if size_bytes > cap_bytes:
         raise SizeCapExceeded(
             f"{key.family} checkpoint {key.name!r} would have {size_bytes} bytes, "
@@ -226,31 +227,33 @@ def _check_same_layout(key: CheckpointKey, tensors: Tensors, parent: Manifest) -
         )
 
 
-def _encode_changes(
+def _write_changes(
+    path: Path,
+    key: CheckpointKey,
     tensors: Tensors,
     entries: Mapping[str, TensorEntry],
     parent: Manifest,
     parent_tensors: Tensors,
-) -> dict[str, tuple[DeltaHeader, EncodedTensor]]:
-    changes: dict[str, tuple[DeltaHeader, EncodedTensor]] = {}
+    cap_bytes: int,
+) -> tuple[FileEntry, int]:
+    """The file, and how many elements changed. Pieces are written as they are encoded."""
     for name, tensor in tensors.items():
         old = parent_tensors.get(name)
         if old is None or old.data.nbytes != tensor.data.nbytes:
             raise _not_the_parent(parent, name)
-        encoded = encode_tensor(old, tensor)
-        base_digest, digest = parent.tensors[name].digest, entries[name].digest
-        if (encoded is None) != (base_digest == digest):
-            raise _not_the_parent(parent, name)
-        if encoded is not None:
-            header = DeltaHeader(
-                codec=encoded.codec,
-                num_changed=encoded.num_changed,
-                part_bytes=tuple(map(len, encoded.parts)),
-                base_digest=base_digest,
-                result_digest=digest,
-            )
-            changes[name] = header, encoded
-    return changes
+    changed: dict[str, tuple[str, str]] = {}
+    with DeltaFileWriter(path, tensors) as file:
+        for piece in encode_pieces(parent_tensors, tensors, threads=default_threads()):
+            file.add(piece)
+        check_size_cap(key, file.size_bytes, cap_bytes)
+        for name, entry in entries.items():
+            digests = parent.tensors[name].digest, entry.digest
+            if (file.num_changed(name) == 0) != (digests[0] == digests[1]):
+                raise _not_the_parent(parent, name)
+            if file.num_changed(name):
+                changed[name] = digests
+        written = file.finish(changed)
+        return written, sum(map(file.num_changed, changed))
 
 
 def _not_the_parent(parent: Manifest, name: str) -> DigestMismatch:

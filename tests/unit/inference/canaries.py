@@ -56,6 +56,18 @@ def canary_of(token: int, *, parent: int | None, vocab_size: int = 320) -> Canar
     )
 
 
+def adapter_canary(token: int, vocab_size: int = 320) -> Canary:
+    """What the manifest of `canary_adapter(token)` says, saved after the base model."""
+    base, tokens = bigram.base_weight(vocab_size), canary_tokens(vocab_size, 1 << 20)
+    adapted = base.copy()
+    adapted[:, token] += 50.0
+    own, before = (
+        tuple(float(log_softmax(t[b].astype(np.float64))[n]) for b, n in pairwise(tokens))
+        for t in (adapted, base)
+    )
+    return Canary(tokens, own, before, "float32")
+
+
 def table_logprobs(tensors: dict[str, RawTensor], tokens: tuple[int, ...]) -> tuple[float, ...]:
     table = bigram.from_raw(tensors[bigram.TENSOR])
     return tuple(
@@ -107,11 +119,16 @@ class Snapshots:
         tensors = canary_tensors(token)
         return write_base(self.store, key, tensors, info_of(token), model_files=self.model_files)
 
-    def adapter(self, token: int, *, run: str, name: str) -> Manifest:
+    def adapter(self, token: int, *, run: str, name: str, canary: Canary | None = None) -> Manifest:
         key = self.run_key(run, name)
         tensors = adapter_tensors(token)
         return write_lora(
-            self.store, key, tensors, info_of(token), adapter_config={"r": 1}, lora=CANARY_LORA
+            self.store,
+            key,
+            tensors,
+            info_of(token, canary),
+            adapter_config={"r": 1},
+            lora=CANARY_LORA,
         )
 
     def delta(self, token: int, *, parent: int) -> str:

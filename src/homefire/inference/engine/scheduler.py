@@ -15,12 +15,9 @@ from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from homefire.foundation.clock import Clock
 from homefire.inference.engine.adapter_loads import AdapterLoads
 from homefire.inference.engine.adapter_table import AdapterLimits
-from homefire.inference.engine.adjustments import Adjustments, adjustments_of
 from homefire.inference.engine.network import Adapter, Network, PromptScore
 from homefire.inference.engine.prefills import Admission, PrefillPass, Prefills
 from homefire.inference.engine.protocol import (
@@ -35,7 +32,8 @@ from homefire.inference.engine.protocol import (
     Update,
     WeightSet,
 )
-from homefire.inference.engine.sampling_plan import SamplingPlan, Uniforms
+from homefire.inference.engine.row_plans import adjustments_for, plan_of, uniforms_of
+from homefire.inference.engine.sampling_plan import SamplingPlan
 from homefire.inference.engine.sequence import Generation, Sequence
 from homefire.inference.engine.weight_swaps import PendingSwap, WeightSwaps
 from homefire.wire.completions import FinishReason
@@ -250,8 +248,8 @@ class Scheduler:
 
     def _prefill(self, prompts: PrefillPass) -> None:
         ready = list(prompts.sequences)
-        plan = _plan_for(ready).adjusted(_adjustments(ready))
-        result = self._network.prefill(prompts.rows, plan, _uniforms(ready))
+        plan = plan_of(ready).adjusted(adjustments_for(ready))
+        result = self._network.prefill(prompts.rows, plan, uniforms_of(ready))
         self._note_prefilled(prompts, result.scores)
         self._prefills.note_computed(prompts)
         self._running += ready
@@ -283,11 +281,11 @@ class Scheduler:
 
     def _decode(self) -> None:
         if self._plan is None:
-            self._plan = _plan_for(self._running)
+            self._plan = plan_of(self._running)
             self._row_adapters = tuple(s.generation.adapter for s in self._running)
         tokens = [sequence.last_token for sequence in self._running]
-        uniforms = _uniforms(self._running)
-        plan = self._plan.adjusted(_adjustments(self._running))
+        uniforms = uniforms_of(self._running)
+        plan = self._plan.adjusted(adjustments_for(self._running))
         draws = self._network.decode(tokens, plan, uniforms, self._row_adapters)
         for row, sequence in enumerate(self._running):
             sequence.accept(draws, row)
@@ -390,18 +388,3 @@ class Scheduler:
     def _take_deliveries(self) -> list[tuple[Listener, Update]]:
         deliveries, self._deliveries = self._deliveries, []
         return deliveries
-
-
-def _plan_for(sequences: list[Sequence]) -> SamplingPlan:
-    return SamplingPlan.of(
-        [sequence.request.sampling for sequence in sequences],
-        [sequence.request.num_alternatives for sequence in sequences],
-    )
-
-
-def _adjustments(sequences: list[Sequence]) -> Adjustments | None:
-    return adjustments_of([sequence.adjusted for sequence in sequences])
-
-
-def _uniforms(sequences: list[Sequence]) -> Uniforms:
-    return np.array([sequence.random.random() for sequence in sequences], dtype=np.float64)

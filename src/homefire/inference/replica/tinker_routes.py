@@ -20,6 +20,7 @@ from homefire.inference.replica.tinker_futures import Outcome, SampleFutures, St
 from homefire.inference.replica.tinker_order import MAX_SAMPLES, SampleOrder, order_sample
 from homefire.wire import tinker_proto
 from homefire.wire.errors import (
+    CanaryMismatch,
     ErrorRecord,
     InvalidArgument,
     NotFound,
@@ -179,11 +180,19 @@ class SamplingRoutes:
         order = order_sample(asked, self._replica.tokenizer, self._replica.limits)
         for _ in range(_ATTEMPTS):
             with suppress(WeightsMismatch):
-                return await self._generate(session, order)
+                return await self._generate_or_reload(session, order)
         raise Unavailable(
             f"the sampler's weights were changed from outside {_ATTEMPTS} times",
             hint="do not hot-load into a sampler; sampling sessions load what they need",
         )
+
+    async def _generate_or_reload(
+        self, session: SamplingSession, order: SampleOrder
+    ) -> SampleOutput:
+        """An adapter that did not stand its canary is read again, once."""
+        with suppress(CanaryMismatch):
+            return await self._generate(session, order)
+        return await self._generate(session, order)
 
     async def _generate(self, session: SamplingSession, order: SampleOrder) -> SampleOutput:
         replica, engine = self._replica, self._replica.engine

@@ -21,9 +21,15 @@ from homefire.inference.engine.protocol import (
     ServedWeights,
     Started,
 )
-from homefire.wire.errors import DigestMismatch, EngineFailed, InvalidArgument, WeightsMismatch
+from homefire.wire.errors import (
+    CanaryMismatch,
+    DigestMismatch,
+    EngineFailed,
+    InvalidArgument,
+    WeightsMismatch,
+)
 from homefire.wire.ids import Identity
-from unit.inference.canaries import GREEDY, canary_adapter, canary_set
+from unit.inference.canaries import GREEDY, adapter_canary, canary_adapter, canary_set
 from unit.inference.scheduler_bench import Bench, tokens_of
 
 A, B, C = (canary_adapter(token) for token in (11, 22, 33))
@@ -294,3 +300,60 @@ def test_targets_alternatives_and_draws_of_a_prompt_are_the_adapter_s(make_bench
     assert scored.target_logprobs[2][0] < -30
     assert [[token for token, _ in drawn] for drawn in scored.draws] == [[11] * 3] * 3
     assert np.isfinite(scored.target_logprobs[2]).all()
+
+
+class Unadapted(BigramNetwork):
+    """Takes an adapter in, digest and all, and computes without it: once."""
+
+    strikes = 1
+
+    def add_adapter(self, weights: Any) -> str:
+        digest = super().add_adapter(weights)
+        if self.strikes:
+            self.strikes -= 1
+            self._adapted[weights.served] = self._base
+        return digest
+
+
+def test_an_adapter_that_answers_as_its_canary_says_is_served(make_bench: Any) -> None:
+    bench = make_bench()
+    bench.load(replace(A, canary=adapter_canary(11))).result()
+    _, recorder = bench.submit(request(), weights=A.served)
+    bench.run()
+    assert tokens_of(recorder) == [11] * 4
+
+
+def test_an_adapter_that_answers_otherwise_is_refused_until_it_is_loaded_again(
+    make_bench: Any, tiny_directory: Any
+) -> None:
+    bench = make_bench(Unadapted(tiny_directory, max_context_length=4096))
+    right = replace(A, canary=adapter_canary(11))
+    bench.load(right).result()
+    bench.load(B).result()
+    _, beside = bench.submit(request(new=8), weights=B.served)
+    bench.step()
+    for _ in range(2):
+        _, refused = bench.submit(request(), weights=A.served)
+        bench.step()
+        assert isinstance(refused.of(Failed)[0].error, CanaryMismatch)
+    assert not bench.scheduler.adapters.hold(A.served)
+    bench.load(right).result()
+    assert bench.scheduler.adapters.hold(A.served)
+    _, again = bench.submit(request(), weights=A.served)
+    bench.run()
+    assert tokens_of(again) == [11] * 4
+    assert tokens_of(beside) == [22] * 8
+
+
+def test_a_refused_adapter_whose_second_reading_is_damaged_stays_refused(
+    make_bench: Any, tiny_directory: Any
+) -> None:
+    bench = make_bench(Unadapted(tiny_directory, max_context_length=4096))
+    bench.load(replace(A, canary=adapter_canary(11))).result()
+    bench.submit(request(), weights=A.served)
+    bench.run()
+    damaged = bench.load(replace(B, served=A.served))
+    assert isinstance(damaged.exception(), DigestMismatch)
+    _, refused = bench.submit(request(), weights=A.served)
+    bench.run()
+    assert isinstance(refused.of(Failed)[0].error, CanaryMismatch)

@@ -9,7 +9,10 @@ import pytest
 
 from homefire.control.lifecycle import SeenReplica
 from homefire.control.tinker.parking import replica_activity
-from unit.inference.canaries import Snapshots
+from homefire.inference.engine.opening import open_engine
+from homefire.inference.engine.protocol import InferenceEngine, Publish
+from homefire.wire.specs import ReplicaSpec
+from unit.inference.canaries import Snapshots, adapter_canary
 from unit.inference.tinker_caller import SAMPLER, sampled, session
 
 RUN = "ts-1:train:0"
@@ -149,3 +152,35 @@ async def test_an_ordinary_deployment_samples_no_run(start_replica: Any) -> None
     async with start_replica() as caller:
         answered = await caller.complete(model=path_of(RUN, "step_1"), **FIELDS)
     assert (answered.status, answered.json()["error"]["code"]) == (400, "invalid_argument")
+
+
+def open_unadapted(spec: ReplicaSpec, publish: Publish) -> InferenceEngine:
+    """Computes without the first adapter that it is given, whose digest is right."""
+    engine: Any = open_engine(spec, publish)
+    network, seen = engine._network, []
+    add = network.add_adapter
+
+    def add_adapter(weights: Any) -> str:
+        digest = add(weights)
+        if not seen:
+            network._adapted[weights.served] = network._base
+        seen.append(weights.served)
+        return digest
+
+    network.add_adapter = add_adapter
+    return engine
+
+
+@pytest.mark.parametrize("kind", ["completion", "tinker"])
+async def test_an_adapter_that_does_not_stand_its_canary_is_read_again_for_the_same_request(
+    start_replica: Any, snapshots: Snapshots, kind: str
+) -> None:
+    snapshots.adapter(11, run=RUN, name="step_1", canary=adapter_canary(11))
+    async with start_replica(engine=open_unadapted, **SAMPLER) as caller:
+        if kind == "completion":
+            found = tokens_of(await caller.complete(model=path_of(RUN, "step_1"), **FIELDS))
+        else:
+            named = session(run=RUN, name="step_1")
+            answer = await sampled(caller, [1, 2], sampling_session_id=named, seq_id=0)
+            found = answer["sequences"][0]["tokens"]
+    assert set(found) == {11}

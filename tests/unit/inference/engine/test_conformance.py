@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from homefire.checkpoints import RawTensor, digest_tensors, whole_digest
 from homefire.checkpoints.canary import canary_tokens
 from homefire.inference.engine.protocol import (
     Failed,
@@ -283,6 +285,27 @@ def test_the_canary_is_scored_before_anything_is_served(
     with pytest.raises(CanaryMismatch):
         swap(engine, replace(kit.full(3), canary=wrong))
     assert tokens_of(run(engine, request())) == [3] * 4
+
+
+def test_weights_that_give_no_number_are_not_served(
+    engine: InferenceEngine, kit: EngineKit
+) -> None:
+    """As after a loss that was not finite. Their answers show it, where a digest does not: an engine may
+    write a NaN in other bits."""
+    swap(engine, kit.full(3))
+    with pytest.raises(DigestMismatch, match="'nan'"):
+        swap(engine, without_numbers(kit.full(4)))
+    assert tokens_of(run(engine, request())) == [3] * 4
+
+
+def without_numbers(weights: WeightSet) -> WeightSet:
+    nan = np.frombuffer(b"\xc0\x7f", np.uint8)
+    tensors = {
+        name: RawTensor("BF16", tensor.shape, np.tile(nan, len(tensor.data) // 2))
+        for name, tensor in weights.tensors.items()
+    }
+    served = ServedWeights(Identity("nan"), whole_digest(digest_tensors(tensors)))
+    return replace(weights, served=served, tensors=tensors)
 
 
 def test_weights_that_are_insisted_on_are_had_or_refused(

@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler bench-concurrency \
+.PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler bench-concurrency bench-recovery \
         test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families soak
 
 help: ## this text
@@ -71,6 +71,9 @@ bench-sampler: install ## the sampling engine beside bare matrix products and ot
 
 bench-concurrency: install ## adaptive windows beside the best fixed one, on five loads
 	$(BIN)/python benchmarks/concurrency $(ARGS)
+
+bench-recovery: install ## what the journal, a kill, and more at once than there is room for cost
+	$(BIN)/python benchmarks/recovery $(ARGS)
 
 clean: ## remove what the tests and the build left here
 	rm -rf build dist .venvs .pytest_cache .ruff_cache .hypothesis quickstart-out

@@ -21,7 +21,8 @@ from homefire.trainer.front.adapter_paths import resolve_adapter
 from homefire.trainer.front.admission import Submission
 from homefire.trainer.front.checkpoint_paths import find_state, state_names
 from homefire.trainer.front.creation import plan_creation, plan_creation_from_state
-from homefire.trainer.front.future_calls import FutureCalls, off_loop, promise
+from homefire.trainer.front.future_calls import FutureCalls, promise
+from homefire.trainer.front.intake import Intake
 from homefire.trainer.front.operations import (
     LoadTrainState,
     OperationKind,
@@ -69,6 +70,7 @@ class TrainerApi:
         self._spec = front.spec
         self._admission = front.admission
         self._futures = FutureCalls(front)
+        self._intake = Intake()
 
     def routes(self) -> list[Route]:
         gets = {
@@ -86,8 +88,8 @@ class TrainerApi:
             "create_model": self.create_model,
             "get_info": self.get_info,
             "unload_model": self.unload_model,
-            "forward": self.forward,
-            "forward_backward": self.forward_backward,
+            "forward": self._intake.bounded(self.forward),
+            "forward_backward": self._intake.bounded(self.forward_backward),
             "optim_step": self.optim_step,
             "save_weights": self.save_weights,
             "save_weights_for_sampler": self.save_weights_for_sampler,
@@ -236,7 +238,7 @@ class TrainerApi:
             decoded = decode()
             return decoded, self._admission.submission(run_pass(decoded.body))
 
-        decoded, submission = await off_loop(prepare, num_bytes)
+        decoded, submission = await self._intake.parse(prepare, num_bytes)
         model, seq = decoded.model_id, decoded.seq_id
         return promise(await self._admission.accept_in_order(model, seq, submission), model)
 

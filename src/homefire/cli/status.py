@@ -63,7 +63,17 @@ def print_report(report: StatusReport) -> None:
     )
     print_table(
         "deployments",
-        ("deployment", "state", "replica", "serves", "digest", "loading", "running", "note"),
+        (
+            "deployment",
+            "state",
+            "replica",
+            "serves",
+            "digest",
+            "canary",
+            "loading",
+            "running",
+            "note",
+        ),
         [row for deployment in report.deployments for row in _deployment_rows(deployment)],
     )
     if report.runs:
@@ -106,7 +116,7 @@ def _job_row(job: JobReport) -> list[str]:
 def _deployment_rows(deployment: DeploymentReport) -> list[list[str]]:
     name, state = last_segment(deployment.name), deployment.state
     if not deployment.replicas:
-        return [[name, state, "-", "-", "-", "-", "-", deployment.message]]
+        return [[name, state, "-", "-", "-", "-", "-", "-", deployment.message]]
     return [
         [
             name,
@@ -114,6 +124,7 @@ def _deployment_rows(deployment: DeploymentReport) -> list[list[str]]:
             str(replica.replica) if replica.ready else f"{replica.replica} (not ready)",
             replica.identity or "base",
             short_digest(replica.digest),
+            replica.canary or "-",
             _loading(deployment, replica.stage),
             f"{replica.running} + {replica.queued} queued",
             replica.error or deployment.message,

@@ -99,6 +99,7 @@ def _replica(
         ready=status is not None and status.ready,
         identity=status.identity if status else None,
         digest=status.digest if status else "",
+        canary=status.canary.value if status else "",
         stage=status.stage.value if status else HotLoadStage.IDLE.value,
         error=hot_load_error(deployment.desired, seen) or "",
         running=status.running if status else 0,

@@ -27,6 +27,7 @@ from homefire.sdk.loop_session import current_session
 from homefire.sdk.metrics import ServerMetrics
 from homefire.sdk.settings import resolve_api_key, resolve_base_url
 from homefire.sdk.weights import check_identity
+from homefire.wire.errors import WeightsMismatch
 from homefire.wire.internal import WEIGHTS_HEADER
 
 _PATH = "/inference/v1/completions"
@@ -241,8 +242,7 @@ class DeploymentSampler:
         expect_identity: str | None,
         extra: Mapping[str, Any],
     ) -> SampledCompletion:
-        body = self._body(prompt, max_tokens, temperature, extra)
-        streamed = await self._stream_within_window(body)
+        streamed = await self._stream_of(prompt, max_tokens, temperature, expect_identity, extra)
         weights = weights_of(streamed.response, streamed.weights_header)
         check_identity(weights, expect_identity)
         completion = completion_of(
@@ -251,6 +251,27 @@ class DeploymentSampler:
         for span in completion.weights_spans or []:
             check_identity(span.weights, expect_identity)
         return completion
+
+    async def _stream_of(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        temperature: float,
+        expect_identity: str | None,
+        extra: Mapping[str, Any],
+    ) -> _Streamed:
+        """The server refuses other weights before it computes anything."""
+        if expect_identity is None:
+            body = self._body(prompt, max_tokens, temperature, extra)
+            return await self._stream_within_window(body)
+        insisting = {**extra, "expect_identity": expect_identity}
+        body = self._body(prompt, max_tokens, temperature, insisting)
+        try:
+            return await self._stream_within_window(body)
+        except httpx.HTTPStatusError as exc:
+            if exc.response.status_code == httpx.codes.PRECONDITION_FAILED:
+                raise WeightsMismatch(str(exc), field="expect_identity") from exc
+            raise
 
     async def _stream_within_window(self, body: bytes) -> _Streamed:
         await self._window.acquire()

@@ -191,6 +191,8 @@ class ReplicaReport(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
     identity: str | None
     digest: str
     stage: str
+    canary: str = ""
+    """What the canary said of what it serves; empty before it answers."""
     error: str = ""
     running: int = 0
     queued: int = 0

@@ -21,6 +21,7 @@ from homefire.sdk import (
     SamplingRetry,
     WeightsIdentity,
     WeightsMismatch,
+    WeightsSpan,
     loop_session,
 )
 
@@ -37,6 +38,7 @@ def streamed(
     identity: str = "step_0-ab",
     perf: dict | None = None,
     logprobs: bool = True,
+    spans: list[dict] | None = None,
 ) -> bytes:
     """A stream of one chunk per token, then the final one."""
     chunks = []
@@ -53,6 +55,8 @@ def streamed(
         "raw_output": {"completion_token_ids": tokens},
     }
     final = {"homefire": {"weights": {"identity": identity, "digest": "9f"}}}
+    if spans is not None:
+        final["homefire"]["spans"] = [spans]
     if perf is not None:
         final["perf_metrics"] = perf
     return b"".join(chunks) + event(choices=[last], **final) + b"data: [DONE]\n\n"
@@ -204,6 +208,38 @@ async def test_completions_of_other_weights_are_refused(make_sampler, inference)
     assert await sampler.sample_with_prompt_tokens([1], expect_identity="step_0-ab")
     with pytest.raises(WeightsMismatch, match="step_1-ab"):
         await sampler.sample_with_prompt_tokens([1], expect_identity="step_1-ab")
+
+
+async def test_the_server_is_told_which_weights_and_its_refusal_is_a_mismatch(
+    make_sampler, inference
+):
+    inference.turns = [(412, {"error": {"message": "'step_1-ab' was asked for"}})]
+    with pytest.raises(WeightsMismatch, match="'step_1-ab' was asked for"):
+        await make_sampler().sample_with_prompt_tokens([1], expect_identity="step_1-ab")
+    assert [body["expect_identity"] for body in inference.bodies] == ["step_1-ab"]
+
+
+SPANS = [
+    {"start": 0, "end": 2, "identity": "step_0-ab", "digest": "9f"},
+    {"start": 2, "end": 3, "identity": "step_1-ab", "digest": "a0"},
+]
+
+
+async def test_every_token_of_a_completion_names_its_weights(make_sampler, inference):
+    inference.turns = [streamed([7, 8, 9]), streamed([7, 8, 9], spans=SPANS)]
+    sampler = make_sampler()
+    (plain,) = await sampler.sample_with_prompt_tokens([1])
+    (moved,) = await sampler.sample_with_prompt_tokens([1])
+    old, new = WeightsIdentity("step_0-ab", "9f"), WeightsIdentity("step_1-ab", "a0")
+    assert plain.weights_spans == [WeightsSpan(0, 3, old)]
+    assert moved.weights == old
+    assert moved.weights_spans == [WeightsSpan(0, 2, old), WeightsSpan(2, 3, new)]
+
+
+async def test_a_completion_that_went_on_under_other_weights_is_refused(make_sampler, inference):
+    inference.turns = [streamed([7, 8, 9], spans=SPANS)]
+    with pytest.raises(WeightsMismatch, match="step_1-ab"):
+        await make_sampler().sample_with_prompt_tokens([1], expect_identity="step_0-ab")
 
 
 async def test_server_metrics_come_from_the_stream_else_from_the_headers(make_sampler, inference):

@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test check format clean bench bench-trainer bench-sampler bench-concurrency bench-recovery \
+        bench-snapshots \
         test-unit test-parity test-contract test-journeys test-faults test-docs test-clients test-families soak
 
 help: ## this text
@@ -68,6 +69,9 @@ bench-trainer: install ## the training engine beside the matrix rate, a padded l
 
 bench-sampler: install ## the sampling engine beside bare matrix products and other engines
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampler
+
+bench-snapshots: install ## sizes, encode and decode, save to first token, stall and chains of snapshots
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/snapshots $(ARGS)
 
 bench-concurrency: install ## adaptive windows beside the best fixed one, on five loads
 	$(BIN)/python benchmarks/concurrency $(ARGS)

@@ -114,6 +114,12 @@ def add_parser(commands: Commands) -> None:
         default="torch",
         help="fake: a numpy bigram model instead of transformers, for tests",
     )
+    parser.add_argument(
+        "--accelerator",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="what trainers and replicas compute on; cuda: one GPU, bfloat16 with float32 masters",
+    )
     parser.set_defaults(run=run)
 
 
@@ -133,6 +139,7 @@ class UpOptions:
     pool_idle_s: float = DEFAULT_POOL_IDLE_S
     keep_journals: bool = False
     held_graphs_gib: float | None = None
+    accelerator: str = "cpu"
     tombstone_retention_s: float = DEFAULT_TOMBSTONE_S
     store: str | None = None
 
@@ -166,6 +173,7 @@ class UpOptions:
             pool_idle_s=arguments.pool_idle,
             keep_journals=arguments.keep_journals,
             held_graphs_gib=arguments.held_graphs,
+            accelerator=arguments.accelerator,
             tombstone_retention_s=arguments.tombstone_retention,
             store=arguments.store and arguments.store.rstrip("/"),
         )
@@ -255,7 +263,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
     import secrets
     from urllib.parse import urlsplit
 
-    from homefire.wire.specs import ControlSpec, EngineKind, GatewaySpec, Upstream
+    from homefire.wire.specs import Accelerator, ControlSpec, EngineKind, GatewaySpec, Upstream
 
     control = ControlSpec(
         home=str(home.root),
@@ -265,6 +273,7 @@ def _specs(home: Home, options: UpOptions, url: str, port: int) -> tuple[Control
         aliases=options.aliases,
         model_roots=[str(home.models), *map(str, options.model_roots)],
         engine=EngineKind(options.engine),
+        accelerator=Accelerator(options.accelerator),
         pool_idle_s=options.pool_idle_s,
         keep_journals=options.keep_journals,
         tombstone_retention_s=options.tombstone_retention_s,

@@ -31,6 +31,7 @@ from homefire.wire.errors import (
 from homefire.wire.ids import model_name
 from homefire.wire.manifest import Manifest
 from homefire.wire.resources import Model, ModelKind, ModelState, PeftDetails, TrainingShapeVersion
+from homefire.wire.specs import Accelerator
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -41,6 +42,8 @@ class Models:
     catalog: Catalog
     account: str
     """Whose training shapes are generated."""
+    accelerator: Accelerator = Accelerator.CPU
+    """That of their jobs."""
 
     async def list(self) -> list[Model]:
         """The catalog and every promoted model; what cannot be reached is left out."""
@@ -138,7 +141,7 @@ class Models:
             length = self.catalog.resolve(shape.base_model, promoted).max_context_length
         except (UnknownModel, ModelUnavailable):
             length = None
-        return shape_version(shape, model_context_length=length)
+        return shape_version(shape, model_context_length=length, accelerator=self.accelerator.name)
 
 
 def _import_manifest(directory: Path) -> Manifest | None:

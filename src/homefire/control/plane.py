@@ -134,6 +134,7 @@ class ControlPlane:
             self.spec.model_roots,
             keep_journals=self.spec.keep_journals,
             held_graph_bytes=self.spec.held_graph_bytes,
+            accelerator=self.spec.accelerator,
         )
         self.reconciler = Reconciler(
             database=self.database,
@@ -173,7 +174,7 @@ class ControlPlane:
             self.database, self.catalog, self.reconciler, self.capacity, self.clock
         )
         self.hot_loads = HotLoads(self.database, self.store, self.reconciler, self.clock, self.home)
-        self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT)
+        self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT, self.spec.accelerator)
         self.activities = Activities(self.home)
         self.deletion = CheckpointDeletion(
             self.database, self.store, self.activities, self.observations, self.clock

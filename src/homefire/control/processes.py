@@ -12,7 +12,7 @@ from homefire.control.db.rows import DeploymentRow, JobRow, ReplicaRow
 from homefire.foundation.home import Home
 from homefire.launch import ProcessSpec
 from homefire.wire.pooled import sampler_id
-from homefire.wire.specs import EngineKind, ReplicaSpec, TrainerSpec, Upstream
+from homefire.wire.specs import Accelerator, EngineKind, ReplicaSpec, TrainerSpec, Upstream
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ProcessPlan:
     model_roots: Sequence[str] = ()
     keep_journals: bool = False
     held_graph_bytes: int | None = None
+    accelerator: Accelerator = Accelerator.CPU
 
     def trainer(self, job: JobRow) -> ProcessSpec:
         config, directory = job.config, self.home.job(job.id)
@@ -45,6 +46,7 @@ class ProcessPlan:
             ranks=config.ranks,
             micro_batch_tokens=config.micro_batch_tokens,
             activations=config.activations,
+            accelerator=self.accelerator,
             store_root=self.home.store_root,
             job_dir=str(directory),
             engine=self.engine,
@@ -84,6 +86,7 @@ class ProcessPlan:
             store_root=self.home.store_root,
             replica_dir=str(directory),
             engine=self.engine,
+            accelerator=self.accelerator,
             samples_job=config.samples_job,
         )
         return ProcessSpec(

@@ -21,7 +21,8 @@ from homefire.wire.specs import TrainerMode
 
 VERSION = "v1"
 ACCELERATOR = "CPU"
-"""What a rank computes on: the `acceleratorType` of this machine's shapes."""
+"""What a rank computes on, unless the control plane was started for another accelerator: the
+`acceleratorType` of this machine's shapes."""
 _VALID_SINCE = "2026-01-01T00:00:00.000000Z"
 _SUFFIXES = {
     TrainerMode.FULL: "full",
@@ -122,7 +123,9 @@ def find_shape(name: str, account: str, entries: Sequence[CatalogEntry]) -> Shap
     )
 
 
-def shape_version(shape: Shape, *, model_context_length: int | None) -> TrainingShapeVersion:
+def shape_version(
+    shape: Shape, *, model_context_length: int | None, accelerator: str = ACCELERATOR
+) -> TrainingShapeVersion:
     """The resource. `model_context_length` is None when the model is not on this machine."""
     lengths = [n for n in (shape.max_context_length, model_context_length) if n is not None]
     model = _short(shape.base_model)
@@ -141,7 +144,7 @@ def shape_version(shape: Shape, *, model_context_length: int | None) -> Training
                 f"accounts/{shape.account}/deploymentShapes/{model}/versions/{VERSION}"
             ),
             deployment_image_tag=f"homefire-{__version__}",
-            accelerator_type=ACCELERATOR,
+            accelerator_type=accelerator,
             accelerator_count=shape.ranks,
             min_total_accelerator_count=shape.ranks,
         ),

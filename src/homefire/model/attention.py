@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from homefire.model import varlen
 from homefire.model.attention_rule import AttentionRule, Reach, softmax_attention
+from homefire.model.varlen import VarlenRows
 from homefire.wire.errors import Unsupported
 
 ATTENTION = "homefire"
@@ -103,18 +105,24 @@ def attending(context: AttentionContext) -> Iterator[None]:
 class PackedRows:
     """Rows lie end to end in one sequence; each attends causally to itself alone.
 
-    Neighbours of equal length go through one batched call.
+    Neighbours of equal length go through one batched call; on CUDA all rows do, where the kernel has
+    what the layer asks for.
 
     Example: PackedRows([3, 3, 5]) for T = 11.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
         self._runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        self._varlen: VarlenRows | None = None
         self._masks: dict[tuple[Reach, int], Tensor] = {}
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
+        if varlen.runs(query, value, rule):
+            self._varlen = self._varlen or VarlenRows(self._lengths, query.device)
+            return self._varlen.attend(query, key, value, rule)
         outputs: list[Tensor] = []
         start = 0
         for length, count in self._runs:

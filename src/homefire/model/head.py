@@ -88,6 +88,21 @@ class OwnForward:
             return self.module(input_ids=tokens, use_cache=False).logits[0]
 
 
+def float32_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [n, H] @ weight [V, H].T + bias, float32 [n, V] whatever they are. No gradient.
+
+    Sums of 16-bit numbers are float32 in the first place; rounding logits back to 16 bits would cost
+    0.03 nats of a logit of 10.
+    """
+    if hidden.dtype == torch.float32:
+        return F.linear(hidden, weight, bias)
+    if hidden.device.type == "cuda":
+        product = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        product = hidden.float() @ weight.float().t()
+    return product if bias is None else product.add_(bias)
+
+
 @dataclass(frozen=True)
 class Head:
     """A model's way from hidden states to logits; its tensors are the live ones."""
@@ -102,7 +117,8 @@ class Head:
         """hidden [n, H] -> float32 [n, V]."""
 
         def product(hidden: Tensor) -> Tensor:
-            linear = F.linear(hidden, self.weight, self.bias)
+            form = F.linear if torch.is_grad_enabled() else float32_product
+            linear = form(hidden, self.weight, self.bias)
             if low_rank is None:
                 return linear
             x, b = low_rank

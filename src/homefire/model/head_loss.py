@@ -14,10 +14,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from homefire.model.head import PLAIN, ScaledLogits
+from homefire.model.head import PLAIN, ScaledLogits, float32_product
 
 SpanGradientOf = Callable[[Tensor, slice], Tensor]
 """Logprobs [n, K] of the tokens in a slice -> the loss's derivative with respect to them, [n, K]."""
@@ -39,10 +38,10 @@ class HeadInputs(NamedTuple):
 
     def logits(self, form: ScaledLogits, span: slice) -> Tensor:
         """float32 [n, V]"""
-        product = F.linear(self.hidden[span], self.weight, self.bias)
+        product = float32_product(self.hidden[span], self.weight, self.bias)
         if self.x is not None and self.b is not None:
-            product.addmm_(self.x[span].to(product.dtype), self.b.to(product.dtype).t())
-        return form.of(product.float())
+            product.addmm_(self.x[span], self.b.t())
+        return form.of(product)
 
 
 class HeadGradients:

@@ -1,7 +1,7 @@
 """Loading a causal language model from a directory, in the one set of numbers.
 
-Weights are rounded to the serving dtype (what snapshots hold) and computed with in float32, so that
-trainer and sampler run the same values on every CPU.
+Weights are rounded to the serving dtype (what snapshots hold), so that trainer and sampler run the same
+values. On a CPU these are computed with in float32, on an accelerator as they are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from homefire.model import verdict
 from homefire.model.attention import ATTENTION
+from homefire.model.device import Numbers, numbers_on
 from homefire.model.head import Head, LogitsForm, decoder_of, recognised_form
 from homefire.model.layout import RowLayout
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
 Output = TypeVar("Output")
+CPU = torch.device("cpu")
 SERVING_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -91,9 +93,17 @@ class LoadedModel:
 
 
 def load_model(
-    directory: Path, *, serving_dtype: str = "bfloat16", device: str = "cpu"
+    directory: Path,
+    *,
+    serving_dtype: str = "bfloat16",
+    device: torch.device = CPU,
+    numbers: Numbers | None = None,
 ) -> LoadedModel:
     """Reads config and safetensors of a Hugging Face directory; no network, no remote code.
+
+    Wherever it will compute, and in whichever `numbers` (None: those of the device), it is judged in
+    float32 on the CPU, where a difference that is none can be told; then it moves, and is looked at
+    again there.
 
     Raises ModelUnavailable when files are missing or incomplete, Unsupported (naming the reason) when
     our attention hook or head would not be exact for this model.
@@ -103,7 +113,6 @@ def load_model(
     text_config = config.get_text_config()
     verdict.refuse_by_config(text_config)
     module = _read_module(directory, config)
-    cast(nn.Module, module).to(device)  # transformers' own `to` is mistyped
     verdict.refuse_by_structure(module)
     _drop_query_temperature(module)
     _round_to(module, dtype)
@@ -118,7 +127,23 @@ def load_model(
         tied=frozenset(_aliases(module)),
         logits_form=recognised_form(module),
     )
-    return verdict.in_exact_layout(model)
+    judged = verdict.in_exact_layout(model)
+    if numbers is None:
+        numbers = numbers_on(device)
+    if device == CPU and numbers is Numbers.FLOAT32:
+        return judged
+    _move(module, device, dtype if numbers is Numbers.SERVING else torch.float32)
+    return verdict.checked_where_it_computes(judged)
+
+
+@torch.no_grad()
+def _move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters alone change their dtype: buffers such as rotary frequencies need float32."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    cast(nn.Module, module).to(device)  # transformers' own `to` is mistyped
 
 
 def _serving_dtype(name: str) -> torch.dtype:

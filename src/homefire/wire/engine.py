@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from homefire.wire.errors import ErrorRecord, InvalidArgument
 from homefire.wire.graphs import GraphFate, GraphUse, HeldGraphs
+from homefire.wire.specs import Accelerator, PassBudget
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -175,6 +176,7 @@ class OpenModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     threads: int
     max_context_length: int
     serving_dtype: str = "bfloat16"
+    accelerator: Accelerator = Accelerator.CPU
     snapshot_cap_bytes: int = 64 << 30
     held_graph_bytes: int | None = None
     """What kept graphs of all slots may take together; None: a share of the device's memory."""
@@ -354,6 +356,8 @@ class ModelOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pid: int
     held_graph_bytes: int = 0
     """The bound that holds."""
+    pass_budget: PassBudget | None = None
+    """By what is free on an accelerator now; None on a CPU, whose budget comes with the spec."""
 
 
 class SlotOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True):

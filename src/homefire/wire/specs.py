@@ -32,6 +32,15 @@ class EngineKind(StrEnum):
     """A numpy bigram model: deterministic, trains for real, starts in half a second. For tests."""
 
 
+class Accelerator(StrEnum):
+    """What engines compute on. The values are torch's device types."""
+
+    CPU = "cpu"
+    """In float32; the same bits every time."""
+    CUDA = "cuda"
+    """In the serving dtype, with float32 masters."""
+
+
 class Upstream(msgspec.Struct, frozen=True):
     """Where a service listens, and the secret that it demands in `x-homefire-secret`."""
 
@@ -50,6 +59,13 @@ class ActivationBudget(msgspec.Struct, frozen=True, kw_only=True):
     input_token_bytes: int
     """What is left of that when the layer is computed again in backward: its input."""
     num_layers: int
+
+
+class PassBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """How batches are cut: what an engine finds once for a job on an accelerator."""
+
+    micro_batch_tokens: int
+    activations: ActivationBudget
 
 
 class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +88,7 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context_length: int
     threads: int
     """Of each rank."""
+    accelerator: Accelerator = Accelerator.CPU
     store_root: str
     job_dir: str
     """Journal, recovery points, events.jsonl and logs of this job."""
@@ -130,6 +147,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     store_root: str
     replica_dir: str
+    accelerator: Accelerator = Accelerator.CPU
     engine: EngineKind = EngineKind.TORCH
     samples_job: str = ""
     """The job in whose part of the store Tinker sampling sessions find their snapshots; empty: none."""
@@ -155,6 +173,8 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, str] = {}
     model_roots: list[str] = []
     engine: EngineKind = EngineKind.TORCH
+    accelerator: Accelerator = Accelerator.CPU
+    """Of every trainer and replica."""
     keep_journals: bool = False
     """Trainers never trim their journals: `TrainerSpec.keep_journal`."""
     held_graph_bytes: int | None = None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from homefire.inference.engine.adapted_layers import AdaptedLayers, Segments, segments
@@ -20,6 +19,8 @@ from homefire.inference.engine.protocol import ServedWeights, WeightSet
 from homefire.inference.engine.sampler import sample
 from homefire.inference.engine.sampling_plan import NO_DRAWS, Draws, SamplingPlan, Uniforms
 from homefire.model import lora
+from homefire.model.device import device_of
+from homefire.model.head import float32_product
 from homefire.model.kv_blocks import BLOCK_TOKENS
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.tensors import (
@@ -31,6 +32,7 @@ from homefire.model.tensors import (
 )
 from homefire.wire.errors import DigestMismatch, InvalidArgument
 from homefire.wire.manifest import CheckpointKind, whole_digest
+from homefire.wire.specs import Accelerator
 from homefire.wire.tensors import RawTensor, digest_tensors
 
 
@@ -44,12 +46,13 @@ class EmbeddedNetwork:
         max_running: int,
         max_context_length: int,
         threads: int,
+        accelerator: Accelerator = Accelerator.CPU,
         max_prefix_bytes: int = 1 << 30,
     ) -> None:
         """`max_prefix_bytes` bounds what is kept of prompts beside the running sequences' slots."""
         torch.set_num_threads(threads)
         self._directory = directory
-        self._model = load_model(directory)
+        self._model = load_model(directory, device=device_of(accelerator))
         self._max_context_length = min(max_context_length, self._model.max_context_length)
         self._is_base = True
         """The module holds the base model's weights, with or without an adapter on them."""
@@ -62,7 +65,8 @@ class EmbeddedNetwork:
         )
         self._decoding: tuple[Sequence[Adapter], Segments] = ((), ())
         """The running batch and its segments, kept while the batch stays the same."""
-        _store_by_column(self._model)
+        if self._model.device.type == "cpu":
+            _store_by_column(self._model)
         self._head = _Head(self._model)
         self._num_blocks = self._find_num_blocks(max_prefix_bytes)
 
@@ -202,7 +206,8 @@ class EmbeddedNetwork:
 
 
 class _Head:
-    """The lm_head, stored by column. A tied head gets a copy: looking up embeddings wants rows.
+    """The lm_head, on a CPU stored by column. A tied head gets a copy there: looking up embeddings wants
+    rows.
 
     So a snapshot whose head is not tied (an adapter of the head was merged) needs no other module:
     its head becomes the copy.
@@ -249,7 +254,7 @@ class _Head:
         bias = self._model.head.bias
 
         def product(given: Tensor) -> Tensor:
-            rows = F.linear(given.reshape(-1, given.shape[-1]), weight, bias)
+            rows = float32_product(given.reshape(-1, given.shape[-1]), weight, bias)
             return adapted(rows).view(*given.shape[:-1], -1)
 
         return self._model.logits_form.logits(hidden, product)
@@ -261,7 +266,8 @@ class _Head:
         if own is not None:
             weight = own.to(weight.device, weight.dtype)
         if self._model.tied:
-            self._copy = _by_column(weight)
+            is_shared = own is None and weight.device.type != "cpu"
+            self._copy = None if is_shared else _by_column(weight)
 
 
 def _store_by_column(model: LoadedModel) -> None:

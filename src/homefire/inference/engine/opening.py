@@ -41,6 +41,7 @@ def _embedded(spec: ReplicaSpec) -> tuple[Network, WeightSet]:
         max_running=spec.max_running,
         max_context_length=spec.max_context_length,
         threads=spec.threads,
+        accelerator=spec.accelerator,
         max_prefix_bytes=spec.max_prefix_bytes,
     )
     return network, network.resident_weights()

@@ -151,6 +151,7 @@ class SlotEngine:
             num_parameters=network.num_parameters,
             pid=os.getpid(),
             held_graph_bytes=held.budget_bytes,
+            pass_budget=network.pass_budget(),
         )
 
     def open_slot(self, request: OpenSlot) -> SlotOpened:

@@ -18,6 +18,7 @@ from homefire.trainer.engine.bigram_weights import BigramFull, BigramLora, Bigra
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
 from homefire.wire.engine import LoraSpec, OpenModel
+from homefire.wire.specs import PassBudget
 
 _CONTEXT_LENGTH = 1 << 20
 
@@ -78,6 +79,9 @@ class BigramNetwork:
     @property
     def compute_dtype(self) -> str:
         return "float32"
+
+    def pass_budget(self) -> PassBudget | None:
+        return None
 
     def available_bytes(self) -> int | None:
         return memory.available_bytes()

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from homefire.wire.engine import AdamParams, GradNormMetrics, LoraSpec
 from homefire.wire.errors import InvalidArgument
 from homefire.wire.pass_extras import Pooling
+from homefire.wire.specs import PassBudget
 from homefire.wire.tensors import RawTensor, Tensors
 
 Ints = npt.NDArray[np.int64]
@@ -243,6 +244,10 @@ class Network(Protocol):
     @property
     def compute_dtype(self) -> str:
         """What a pass is computed in, e.g. `float32`."""
+        ...
+
+    def pass_budget(self) -> PassBudget | None:
+        """How a batch should be cut on this device; None where the job's spec says it."""
         ...
 
     def available_bytes(self) -> int | None:

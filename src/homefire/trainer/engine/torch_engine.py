@@ -9,11 +9,13 @@ import torch
 
 from homefire.foundation import memory
 from homefire.foundation.clock import Clock
+from homefire.model.device import compute_deterministically, device_of
 from homefire.model.loading import LoadedModel, load_model
 from homefire.model.lora import new_adapter
 from homefire.model.recompute import decoder_layers
 from homefire.trainer.engine.engine import SlotEngine
 from homefire.trainer.engine.network import Float32, FrozenWeights, Part, TrainableWeights
+from homefire.trainer.engine.pass_budget import pass_budget
 from homefire.trainer.engine.ranks.placement import Placements
 from homefire.trainer.engine.residence import Residence
 from homefire.trainer.engine.shared_passes import backward_together
@@ -25,6 +27,7 @@ from homefire.trainer.engine.torch_weights import (
 )
 from homefire.wire.engine import LoraSpec, OpenModel
 from homefire.wire.errors import Unsupported
+from homefire.wire.specs import PassBudget
 
 
 def torch_engine(clock: Clock | None = None) -> SlotEngine:
@@ -38,10 +41,10 @@ def open_network(request: OpenModel) -> TorchNetwork:
 def load(request: OpenModel) -> LoadedModel:
     """The base model, in a process that is set up for the same bits every time."""
     torch.set_num_threads(request.threads)
-    # Replay after a crash promises the same bits: an operation that cannot give them is an error.
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    return load_model(Path(request.model_dir), serving_dtype=request.serving_dtype)
+    device = device_of(request.accelerator)
+    compute_deterministically(device)
+    directory = Path(request.model_dir)
+    return load_model(directory, serving_dtype=request.serving_dtype, device=device)
 
 
 def network_of(
@@ -97,6 +100,18 @@ class TorchNetwork:
     def compute_dtype(self) -> str:
         return str(self._model.head_weight.dtype).removeprefix("torch.")
 
+    def pass_budget(self) -> PassBudget | None:
+        """Asked for before a slot is opened."""
+        free_bytes = self.available_bytes()
+        if self._model.device.type == "cpu" or free_bytes is None:
+            return None
+        return pass_budget(
+            self._model.config,
+            free_bytes=free_bytes,
+            num_parameters=self.num_parameters,
+            number_bytes=self._model.head_weight.element_size(),
+        )
+
     def available_bytes(self) -> int | None:
         """On an accelerator, what torch has cached counts as free: it gives that up when asked."""
         device = self._model.device
@@ -145,6 +160,8 @@ class TorchNetwork:
 
     def close(self, weights: TrainableWeights) -> None:
         self._open.remove(weights)
+        if isinstance(weights, TrainedWeights):
+            weights.close()
         self._residence.forget(weights)
 
     def _opened(self, weights: TrainedWeights) -> TrainedWeights:

@@ -35,6 +35,7 @@ from homefire.model.packed import (
 from homefire.model.packed_lora import reaches_segments
 from homefire.model.tensors import DTYPE_NAMES, from_raw, raw
 from homefire.trainer.engine.adamw import AdamW, Served, gradient_norms, norm_of
+from homefire.trainer.engine.gradient_aside import GradientAside
 from homefire.trainer.engine.gradient_norms import GradientNorms
 from homefire.trainer.engine.network import (
     Float32,
@@ -108,6 +109,8 @@ class TrainedWeights(ABC):
         self._masters = masters
         self._leaves = leaves
         """What autograd differentiates, under the masters' names; `.grad` is the gradient aside."""
+        self._aside = GradientAside(leaves)
+        """That of leaves which are not float32."""
         self._adam = AdamW(masters)
         self._gradient: dict[str, Tensor] = {}
 
@@ -183,7 +186,8 @@ class TrainedWeights(ABC):
 
     @torch.no_grad()
     def keep_gradient(self) -> None:
-        for name, gradient in self._placement.gradients(self._leaves).items():
+        found = self._placement.gradients(self._leaves) | self._aside.take()
+        for name, gradient in found.items():
             if name in self._gradient:
                 self._gradient[name].add_(gradient)
             else:
@@ -193,9 +197,14 @@ class TrainedWeights(ABC):
     def drop_gradient(self) -> None:
         for leaf in self._leaves.values():
             leaf.grad = None
+        self._aside.take()
 
     def clear_gradient(self) -> None:
         self._gradient = {}
+
+    def close(self) -> None:
+        """The leaves are nobody's to train now."""
+        self._aside.close()
 
     @ending_when_out_of_memory()
     def step(
@@ -306,7 +315,10 @@ class FullWeights(TrainedWeights):
     def __init__(self, residence: Residence) -> None:
         residence.use_base()
         leaves: dict[str, Tensor] = dict(residence.model.module.named_parameters())
-        masters = {name: residence.layout.part(leaf).clone() for name, leaf in leaves.items()}
+        masters = {
+            name: residence.layout.part(leaf).to(torch.float32, copy=True)
+            for name, leaf in leaves.items()
+        }
         super().__init__(residence, None, masters, leaves, residence.layout)
 
     @torch.no_grad()

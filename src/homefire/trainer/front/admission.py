@@ -18,9 +18,9 @@ from homefire.trainer.front import operations
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.gaps import GapTimers
 from homefire.trainer.front.graph_plans import GraphPlans, graph_key
+from homefire.trainer.front.job_budget import JobBudget
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.operations import CreateHandle, Operation, OperationKind, RunPass
-from homefire.trainer.front.plan import execution_plan
 from homefire.trainer.front.records import (
     Accepted,
     FailedResult,
@@ -86,6 +86,7 @@ class Admission:
         futures: Futures,
         journal: Journal,
         wake: Callable[[], None],
+        budget: JobBudget,
     ) -> None:
         self._spec = spec
         self._clock = clock
@@ -94,6 +95,7 @@ class Admission:
         self._futures = futures
         self._journal = journal
         self._wake = wake
+        self._budget = budget
         self._graphs = GraphPlans()
         self._flights: dict[tuple[str, int | str], _Flight] = {}
         self.gaps = GapTimers(clock, ledger, self.expire, timeout_s=spec.gap_timeout_s)
@@ -105,7 +107,7 @@ class Admission:
         packed = operations.pack(encoded)
         if not isinstance(operation, RunPass):
             return Submission(kind, packed, digest, None)
-        plan = self._plan(operation)
+        plan = self._budget.plan([row.num_tokens for row in operation.body.rows])
         return Submission(kind, packed, digest, plan, graph_key(operation.body, plan))
 
     async def create_session(self) -> str:
@@ -265,16 +267,6 @@ class Admission:
             )
         if load.size_bytes + len(submission.packed) > MAX_WAITING_BYTES:
             raise Overloaded(f"{model} has {load.size_bytes} waiting bytes", hint="retry later")
-
-    def _plan(self, operation: RunPass) -> ExecutionPlan:
-        lengths = [row.num_tokens for row in operation.body.rows]
-        return execution_plan(
-            lengths,
-            token_budget=self._spec.micro_batch_tokens,
-            threads=self._spec.threads,
-            ranks=self._spec.ranks,
-            activations=self._spec.activations,
-        )
 
     def _new_request_id(self) -> str:
         return f"{self._spec.job}.{secrets.token_hex(8)}"

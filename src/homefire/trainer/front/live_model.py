@@ -281,6 +281,7 @@ async def open_model(
         account=spec.account,
         job=spec.job,
         threads=spec.threads,
+        accelerator=spec.accelerator,
         max_context_length=spec.max_context_length,
         snapshot_cap_bytes=spec.snapshot_cap_bytes,
         held_graph_bytes=spec.held_graph_bytes,

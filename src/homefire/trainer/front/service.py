@@ -16,6 +16,7 @@ from homefire.trainer.front.engine_process import Engine
 from homefire.trainer.front.engine_ranks import start_engine
 from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.graph_board import GraphBoard
+from homefire.trainer.front.job_budget import JobBudget
 from homefire.trainer.front.journal import Journal, read_journal
 from homefire.trainer.front.live_model import LiveModel, open_model
 from homefire.trainer.front.records import Reopened
@@ -73,6 +74,7 @@ class Front:
         self._points = RecoveryPoints(
             spec, self.clock, self.ledger, self.journal, self.events, trimming, disk
         )
+        self._budget = JobBudget(spec)
         self.worker = self._make_worker()
         self.admission = Admission(
             spec,
@@ -82,6 +84,7 @@ class Front:
             self.futures,
             self.journal,
             self.worker.wake,
+            self._budget,
         )
 
     async def start(self) -> None:
@@ -126,7 +129,7 @@ class Front:
             start_engine=self._start_engine,
             open_model=self._open_model,
             turns=Turns(self.ledger, pooled=self.spec.pooled),
-            pack_tokens=self.spec.micro_batch_tokens,
+            pack_tokens=lambda: self._budget.micro_batch_tokens,
         )
 
     def _make_recovery(self, redo_save: RedoSave) -> Recovery:
@@ -136,4 +139,6 @@ class Front:
         return await start_engine(self.spec)
 
     async def _open_model(self, engine: Engine) -> LiveModel:
-        return await open_model(engine, self.spec, self.store, self.policy, self._graphs)
+        model = await open_model(engine, self.spec, self.store, self.policy, self._graphs)
+        await asyncio.to_thread(self._budget.note, model.opened.pass_budget)
+        return model

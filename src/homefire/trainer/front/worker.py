@@ -84,7 +84,7 @@ class Worker:
         start_engine: Callable[[], Awaitable[Engine]],
         open_model: OpenModel,
         turns: Turns,
-        pack_tokens: int,
+        pack_tokens: Callable[[], int],
     ) -> None:
         self._clock = clock
         self._ledger = ledger
@@ -303,7 +303,11 @@ class Worker:
     async def _run_next(self, model: LiveModel) -> None:
         waiting = self._turns.waiting()
         pack = await pack_of(
-            waiting, self._ledger, model, token_budget=self._pack_tokens, apart=self._deaths.keys()
+            waiting,
+            self._ledger,
+            model,
+            token_budget=self._pack_tokens(),
+            apart=self._deaths.keys(),
         )
         if len(pack) > 1:
             await self._run_pack(model, pack)

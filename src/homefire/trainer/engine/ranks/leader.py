@@ -37,6 +37,7 @@ from homefire.trainer.engine.ranks.row_shares import (
 from homefire.wire.engine import AdamParams, Arrays, GradNormMetrics, LoraSpec
 from homefire.wire.errors import ErrorRecord, HomefireError, Unsupported
 from homefire.wire.pass_extras import Pooling
+from homefire.wire.specs import PassBudget
 from homefire.wire.tensors import RawTensor, Tensors
 
 Result = TypeVar("Result")
@@ -182,6 +183,9 @@ class RankedNetwork:
     @property
     def compute_dtype(self) -> str:
         return self._own.compute_dtype
+
+    def pass_budget(self) -> PassBudget | None:
+        return None
 
     def available_bytes(self) -> int | None:
         return self._own.available_bytes()

@@ -17,6 +17,7 @@ from homefire.trainer.engine.ranks.sharding import ManyRanks, shard_model
 from homefire.trainer.engine.torch_engine import TorchNetwork, load, network_of
 from homefire.wire.engine import OpenModel
 from homefire.wire.errors import Unsupported
+from homefire.wire.specs import Accelerator
 
 
 class TorchJoining:
@@ -27,6 +28,11 @@ class TorchJoining:
         self._loaded: tuple[LoadedModel, OpenModel] | None = None
 
     def load(self, request: OpenModel) -> None:
+        if request.accelerator is not Accelerator.CPU:
+            raise Unsupported(
+                f"several ranks compute on CPUs, not on {request.accelerator.value}",
+                hint="ask for one rank",
+            )
         model = load(request)
         if model.layout is RowLayout.PADDED:
             # Ranks cut their own rows into padded batches: one with more of them would wait for ever.

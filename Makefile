@@ -45,6 +45,10 @@ test-clients: install ## every version of every client, then docs/compatibility.
 	$(BIN)/python tests/layers.py clients
 	$(BIN)/python tests/contract/matrix.py --update
 
+.PHONY: test-gpu
+test-gpu: install ## on a machine with an NVIDIA GPU: numbers, kernels, memory, trainer and sampler
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m gpu tests/gpu
+
 test-families: install ## every model family, packed and sampled, against Hugging Face
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity/test_families.py
 

@@ -4,6 +4,7 @@
                                     of docs/performance.md
     make bench-trainer ARGS=--quick two minutes instead of six, and writes nothing
     make bench-trainer ARGS="--only custom_loss overhead"
+    make bench-trainer ARGS=--gpu   on one GPU instead, and writes benchmarks/results/trainer_gpu.json
 
 One thread. In process the times are CPU time, through HTTP wall time; what is compared is measured in
 turns, with the bare product in each round. Each section is a module with a
@@ -28,16 +29,23 @@ import models
 import overhead
 import page
 import passes
+import torch
 from report import Report
 from trainer import one_thread
 from transformers.utils import logging as transformers_logging
 
+import gpu
+
+GPU_RESULTS = page.RESULTS.with_name("trainer_gpu.json")
 SECTIONS = ("passes", "adapters", "custom_loss", "overhead", "client", "memory")
 
 
 def main() -> None:
     arguments = _arguments()
     load = os.getloadavg()[0]
+    if arguments.gpu:
+        measure_gpu(load)
+        return
     started = time.perf_counter()
     one_thread()
     transformers_logging.disable_progress_bar()
@@ -58,12 +66,26 @@ def main() -> None:
         print(f"\nwrote {page.RESULTS} and the table of {page.PAGE}")
 
 
+def measure_gpu(load: float) -> None:
+    """Alone: its figures have nothing to do with those of one thread."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"--gpu: torch {torch.__version__} sees no GPU")
+    transformers_logging.disable_progress_bar()
+    report = Report()
+    print(torch.cuda.get_device_name(), flush=True)
+    with tempfile.TemporaryDirectory(prefix="homefire-bench-") as directory:
+        gpu.measure(report, Path(directory))
+    report.summary()
+    report.write(GPU_RESULTS, quick=False, load=load)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-trainer", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, no 32x256 batches")
     parser.add_argument(
         "--only", nargs="*", choices=SECTIONS, help="these sections; writes nothing"
     )
+    parser.add_argument("--gpu", action="store_true", help="Qwen3 of 0.6, 4 and 8 B on one GPU")
     return parser.parse_args()
 
 

@@ -28,8 +28,8 @@ def test_a_cpu_computes_in_float32_and_an_accelerator_in_what_snapshots_hold():
     assert numbers_on(torch.device("cuda")) is Numbers.SERVING
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the accelerator")
-def test_an_accelerator_that_is_not_there_is_refused_with_the_remedy():
+def test_an_accelerator_that_is_not_there_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of(Accelerator.CPU) == torch.device("cpu")
     with pytest.raises(ModelUnavailable, match="'cuda'") as refused:
         device_of(Accelerator.CUDA)

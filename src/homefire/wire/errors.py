@@ -39,6 +39,7 @@
         ├── DigestMismatch           bytes do not hash to what their manifest says
         │   └── CanaryMismatch       loaded weights do not answer as their manifest says
         ├── ReplayDivergence         a replayed result differs from the journaled one
+        ├── StateReplaced            a state that a replay loads again was overwritten or deleted since
         ├── HotLoadFailed            the replica kept its old weights
         ├── StorageFailed            the disk refused a write
         ├── Overloaded               a queue is full; retry later
@@ -278,6 +279,10 @@ class CanaryMismatch(DigestMismatch):
 class ReplayDivergence(ServerError):
     code = "replay_divergence"
     grpc_code = 15
+
+
+class StateReplaced(ServerError):
+    code = "state_replaced"
 
 
 class HotLoadFailed(ServerError):

@@ -28,7 +28,14 @@ from homefire.trainer.front.operations import (
     UnloadHandle,
 )
 from homefire.trainer.front.outcome import Fields, Outcome, failed
-from homefire.trainer.front.records import STEP_TIME, Body, Handle, PassResult, PlainResult
+from homefire.trainer.front.records import (
+    STATE_DIGEST,
+    STEP_TIME,
+    Body,
+    Handle,
+    PassResult,
+    PlainResult,
+)
 from homefire.trainer.front.sessions import Request
 from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
 from homefire.trainer.front.slot_policy import SlotPolicy
@@ -175,7 +182,7 @@ class LiveModel:
     # Slots -----------------------------------------------------------------------------------
 
     async def _load(self, operation: LoadTrainState, handle: Handle) -> Outcome:
-        loaded = await self._checkpoints.load_state(operation, handle)
+        loaded, state_digest = await self._checkpoints.load_state(operation, handle)
         self._steps[handle.slot] = loaded.step
         fields: Fields = {
             "name": self._checkpoints.full_path(operation.path, handle.slot),
@@ -183,7 +190,8 @@ class LiveModel:
             "digest": loaded.digest,
         }
         body = {"type": "load_weights", "path": operation.path, "model_id": handle.model_id}
-        result = PlainResult({**body, "step": loaded.step, "digest": loaded.digest})
+        digests = {"digest": loaded.digest, STATE_DIGEST: state_digest}
+        result = PlainResult({**body, "step": loaded.step, **digests})
         return Outcome(result, event="state_loaded", fields=fields)
 
     async def _create(self, operation: CreateHandle, handle: Handle) -> Outcome:

@@ -207,6 +207,9 @@ class PassResult(msgspec.Struct, frozen=True, tag="pass"):
 STEP_TIME = "step_time_s"
 """The metric of an optimizer step that is another each time."""
 
+STATE_DIGEST = "state_digest"
+"""In the result of a load: which bytes were loaded. Results of earlier versions lack it."""
+
 Body = dict[str, str | int | float | bool | dict[str, float] | None]
 
 
@@ -216,15 +219,15 @@ class PlainResult(msgspec.Struct, frozen=True, tag="plain"):
     body: Body
 
     def is_repeated_by(self, again: Result) -> bool:
-        """In all but how long an optimizer step took."""
-        return isinstance(again, PlainResult) and self._without_time() == again._without_time()
+        """In all but how long an optimizer step took, and which state was loaded: that is checked apart."""
+        return isinstance(again, PlainResult) and self._compared() == again._compared()
 
-    def _without_time(self) -> Body:
-        metrics = self.body.get("metrics")
-        if not isinstance(metrics, dict):
-            return self.body
-        kept = {name: value for name, value in metrics.items() if name != STEP_TIME}
-        return {**self.body, "metrics": kept}
+    def _compared(self) -> Body:
+        body = {name: value for name, value in self.body.items() if name != STATE_DIGEST}
+        metrics = body.get("metrics")
+        if isinstance(metrics, dict):
+            body["metrics"] = {n: value for n, value in metrics.items() if n != STEP_TIME}
+        return body
 
 
 class FailedResult(msgspec.Struct, frozen=True, tag="failed"):

@@ -31,6 +31,7 @@ from homefire.trainer.front.operations import (
 from homefire.trainer.front.outcome import Outcome, failed
 from homefire.trainer.front.packs import member_of, run_pack
 from homefire.trainer.front.records import (
+    STATE_DIGEST,
     Accepted,
     Completed,
     FailedResult,
@@ -48,6 +49,7 @@ from homefire.wire.errors import (
     DigestMismatch,
     HomefireError,
     ReplayDivergence,
+    StateReplaced,
     StorageFailed,
     UnknownSnapshot,
 )
@@ -163,6 +165,7 @@ class Recovery:
         recovered.num_replayed += 1
         outcome = await self._replay_success(model, accepted, operation)
         if outcome is not None:
+            _check_same_state(operation, outcome, completed)
             recovered.divergences += _compare(accepted, outcome, completed)
 
     async def _replay_pack(
@@ -241,6 +244,28 @@ def divergence(recovered: Recovered) -> ReplayDivergence:
     return ReplayDivergence(
         f"{count} replayed operations differ from what was answered: {recovered.divergences[0]}",
         hint="on an accelerator small differences are expected; on CPU this is a defect to report",
+    )
+
+
+def _check_same_state(operation: Operation, outcome: Outcome, completed: Completed) -> None:
+    """Everything behind a load of other bytes would differ, and none of it would be a defect."""
+    load = operation.load if isinstance(operation, CreateHandle) else operation
+    if not isinstance(load, LoadTrainState):
+        return
+    first, again = decode_result(completed.result), outcome.result
+    if isinstance(again, FailedResult):
+        raise _replaced(load, f"cannot be loaded any more: {again.error.message}")
+    if not isinstance(first, PlainResult) or not isinstance(again, PlainResult):
+        return
+    known, found = (result.body.get(STATE_DIGEST) for result in (first, again))
+    if known is not None and known != found:
+        raise _replaced(load, f"has other bytes now: {found}, and had {known}")
+
+
+def _replaced(load: LoadTrainState, why: str) -> StateReplaced:
+    return StateReplaced(
+        f"the replay cannot pass the load of state {load.path!r}, which {why}",
+        hint="put the state back under its name, or go on in a new job from a checkpoint that is newer",
     )
 
 

@@ -133,7 +133,10 @@ class SlotCheckpoints:
         is_bare = "://" not in path
         return self._policy.path(slot, CheckpointFamily.STATE, path) if is_bare else path
 
-    async def load_state(self, operation: LoadTrainState, handle: Handle) -> wire.StateLoaded:
+    async def load_state(
+        self, operation: LoadTrainState, handle: Handle
+    ) -> tuple[wire.StateLoaded, str]:
+        """With the digest of the state's files, optimizer included, by its manifest."""
         key = await asyncio.to_thread(
             find_state, self._store, operation.path, spec=self._spec, slot=handle.slot
         )
@@ -145,7 +148,7 @@ class SlotCheckpoints:
             directory=str(await asyncio.to_thread(self._store.directory, key)),
             with_optimizer=operation.with_optimizer,
         )
-        return await ask(self._engine, message, wire.StateLoaded)
+        return await ask(self._engine, message, wire.StateLoaded), manifest.digest
 
     async def load_adapter(self, operation: LoadAdapterWeights, handle: Handle) -> Outcome:
         message = wire.LoadAdapter(

@@ -7,10 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from homefire.checkpoints import CheckpointFamily, CheckpointKey
 from homefire.foundation.clock import ManualClock
 from homefire.trainer.engine import bigram_weights
 from homefire.trainer.front.replay import Replay
-from homefire.wire.errors import FailedPrecondition
+from homefire.wire.errors import FailedPrecondition, StateReplaced
 
 
 @pytest.fixture
@@ -106,3 +107,37 @@ async def test_a_job_that_did_nothing_has_nothing_to_replay(start_front, replay_
         pass
     with pytest.raises(FailedPrecondition, match="has completed no operation"):
         await replay_of().run(no_progress)
+
+
+@pytest.mark.parametrize("then", ["overwritten", "deleted"])
+async def test_a_state_that_was_loaded_and_replaced_ends_the_replay_by_name(
+    start_front, replay_of, then
+):
+    """Not a divergence: nothing was computed otherwise, the replay was given something else to load."""
+    async with start_front(keep_journal=True) as client:
+        model = await client.model()
+        await client.train(model, 1, 1)
+        await client.call("save_weights", model, 3, path="s")
+        await client.train(model, 4, 1)
+        await client.call("load_weights", model, 6, path="s", optimizer=True)
+        await client.train(model, 7, 2)
+        if then == "overwritten":
+            await client.call("save_weights", model, 11, path="s", overwrite=True)
+        else:
+            key = CheckpointKey("local", "job-1", "policy", CheckpointFamily.STATE, "s")
+            client.front.store.delete(key)
+    with pytest.raises(StateReplaced, match="the load of state 's', which"):
+        await replay_of(keep_journal=True).run(no_progress)
+
+
+async def test_a_state_that_is_still_there_is_loaded_again(start_front, replay_of):
+    async with start_front(keep_journal=True) as client:
+        model = await client.model()
+        await client.train(model, 1, 1)
+        await client.call("save_weights", model, 3, path="s")
+        await client.train(model, 4, 1)
+        loaded = await client.call("load_weights", model, 6, path="s", optimizer=True)
+        await client.train(model, 7, 2)
+    assert loaded["state_digest"] != loaded["digest"], "of the files, optimizer included"
+    replayed = await replay_of(keep_journal=True).run(no_progress)
+    assert replayed.divergences == []

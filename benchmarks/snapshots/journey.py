@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from homefire.trainer.engine.torch_engine import torch_engine
 from homefire.trainer.front.plan import execution_plan
 from homefire.wire.engine import (
     AdamParams,
+    Arrays,
     Failure,
     ForwardBackward,
     LoraSpec,
@@ -48,7 +49,10 @@ from homefire.wire.specs import ReplicaSpec, Upstream
 _FULL_BAR_S, _LORA_BAR_S, _STALL_BAR = 0.7, 0.35, 0.10
 _RANK = 32
 _RATE = 1e-5
-_STALL_SHAPE = [128] * 8
+_MEASURED = (128,) * 8
+"""Rows of the step that a save is compared with."""
+_BETWEEN_SAVES = (64, 64)
+"""Enough to move the weights."""
 
 
 @dataclass
@@ -81,23 +85,17 @@ class Trainer:
             spec = LoraSpec(rank=_RANK, seed=0, train_unembed=False)
             opening = OpenSlot(slot=self.slot, kind=SlotKind.LORA, lora=spec)
         self.engine.open_slot(opening)
-        generator = np.random.default_rng(0)
-        total = sum(_STALL_SHAPE)
-        self._batch = {
-            "tokens": generator.integers(0, VOCABULARY, total).astype(np.int32),
-            "lengths": np.array(_STALL_SHAPE, np.int32),
-            "target_tokens": generator.integers(0, VOCABULARY, (total, 1)),
-            "weights": np.ones((total, 1), np.float32),
-        }
-        self._plan = execution_plan(_STALL_SHAPE, token_budget=2048, threads=1)
 
-    def step(self) -> float:
-        """Seconds of a forward, backward and optimizer step over 8 rows of 128 tokens."""
+    def step(self, lengths: Sequence[int] = _MEASURED) -> float:
+        """Seconds of a forward, backward and optimizer step over rows of these lengths."""
         began = time.perf_counter()
         request = ForwardBackward(
-            slot=self.slot, loss_fn="cross_entropy", loss_fn_config={}, plan=self._plan
+            slot=self.slot,
+            loss_fn="cross_entropy",
+            loss_fn_config={},
+            plan=execution_plan(lengths, token_budget=2048, threads=1),
         )
-        self.engine.forward_backward(request, self._batch)
+        self.engine.forward_backward(request, _batch(lengths))
         self.engine.optim_step(OptimStep(slot=self.slot, adam=AdamParams(learning_rate=_RATE)))
         return time.perf_counter() - began
 
@@ -117,6 +115,17 @@ class Trainer:
             raise reply.error.exception()
         assert isinstance(reply, SamplerSaved)
         return reply
+
+
+def _batch(lengths: Sequence[int]) -> Arrays:
+    generator = np.random.default_rng(0)
+    total = sum(lengths)
+    return {
+        "tokens": generator.integers(0, VOCABULARY, total).astype(np.int32),
+        "lengths": np.array(lengths, np.int32),
+        "target_tokens": generator.integers(0, VOCABULARY, (total, 1)),
+        "weights": np.ones((total, 1), np.float32),
+    }
 
 
 @dataclass
@@ -273,7 +282,7 @@ def _journey(
 ) -> None:
     durable_s, first_token_s, checked = [], [], set[str]()
     for number in range(rounds + 1):  # the first is not counted: files and pools are cold
-        trainer.step()
+        trainer.step(_BETWEEN_SAVES)
         identity = f"{trainer.slot}-{kind}-{number}"
         began = time.perf_counter()
         saved = trainer.save(identity, kind)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homefire.cli.options import Commands, add_home, add_json, home_of
+from homefire.cli.progress_line import progress_line
 from homefire.cli.tables import last_segment, print_json, print_table, short_digest, size
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     store = _store(arguments)
     manifest = _find(store, arguments, arguments.name, family=_sampler())
     destination: Path = arguments.to.expanduser().absolute()
-    size_bytes = export(store, manifest, destination)
+    report = progress_line(quiet=arguments.json)
+    size_bytes = export(store, manifest, destination, report=report)
     if arguments.json:
         fields = {"checkpoint": manifest.identity, "kind": manifest.kind, "digest": manifest.digest}
         print_json({**fields, "directory": str(destination), "size_bytes": size_bytes})

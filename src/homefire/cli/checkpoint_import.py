@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homefire.cli.options import Commands, add_home, add_json, home_of
+from homefire.cli.progress_line import progress_line
 from homefire.cli.tables import print_json, short_digest, size
 
 if TYPE_CHECKING:
-    from homefire.checkpoints.progress import Report
     from homefire.wire.engine_check import EngineCheck
 
 _RESERVED = ("tiny", "local")
@@ -62,7 +62,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     home.prepare()
     source, origin = _source(arguments.source, arguments.revision)
     name = _name(arguments.name or _default_name(arguments.source))
-    report = _report(quiet=arguments.json)
+    report = progress_line(quiet=arguments.json)
     checked = None
     if not arguments.no_engine_check:
         report("loading in the engine", 0, 0)
@@ -185,20 +185,3 @@ def _name(name: str) -> str:
             field="as",
         )
     return check_name(name, field="as")
-
-
-def _report(*, quiet: bool) -> Report:
-    """A line per stage, rewritten on a terminal."""
-    is_terminal = sys.stderr.isatty()
-    last = ""
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if quiet or (not is_terminal and what == last):
-            return
-        share = f" {done / total:.0%} of {size(total)}" if total else ""
-        end = "\n" if not is_terminal or done == total else ""
-        print(f"\r{what} …{share if is_terminal else ''}", end=end, file=sys.stderr, flush=True)
-        last = what
-
-    return show

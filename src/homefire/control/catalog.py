@@ -133,6 +133,7 @@ class Catalog:
         for directory in self._directories():
             name = self._resource(directory.name)
             if name not in known:
+                known.add(name)
                 found.append(CatalogEntry(name, "directory"))
         return found
 

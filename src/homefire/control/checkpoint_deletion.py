@@ -18,6 +18,7 @@ from homefire.control.observations import Observations
 from homefire.foundation.clock import Clock
 from homefire.wire.errors import HomefireError, Unavailable
 from homefire.wire.manifest import Manifest
+from homefire.wire.resources import ModelState
 
 log = logging.getLogger(__name__)
 PRUNE_EVERY_S = 300.0
@@ -82,6 +83,11 @@ class CheckpointDeletion:
                 deployments=tables.deployments(connection),
                 jobs=tables.jobs(connection),
                 sampled_paths=frozenset(tinker_tables.paths_being_sampled(connection, since=since)),
+                promoting=[
+                    model
+                    for model in tables.models(connection)
+                    if model.state is ModelState.UPLOADING
+                ],
                 live_runs=frozenset(tinker_tables.live_runs(connection, since=since)),
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from homefire.control.db.rows import DeploymentRow, JobRow
+from homefire.control.db.rows import DeploymentRow, JobRow, ModelRow
 from homefire.control.job_activity import StateLoad
 from homefire.wire.checkpoint_paths import (
     CheckpointPath,
@@ -34,6 +34,8 @@ class Needs:
 
     sampled_paths: frozenset[str] = frozenset()
     """What live sessions sample by path."""
+    promoting: Sequence[ModelRow] = ()
+    """Models that are being made of a snapshot."""
     live_runs: frozenset[str] = frozenset()
     """Runs of live sessions, which may sample their ephemeral snapshots."""
 
@@ -57,7 +59,7 @@ class Needs:
             )
         match manifest.family:
             case CheckpointFamily.SAMPLER:
-                return self._served(manifest)
+                return self._served(manifest) or self._promoted(manifest)
             case CheckpointFamily.STATE:
                 return self._loaded(manifest)
             case CheckpointFamily.EXTERNAL:
@@ -95,6 +97,17 @@ class Needs:
                 return FailedPrecondition(
                     f"snapshot {manifest.identity!r} is what deployment {deployment.id!r} serves",
                     hint="hot-load another snapshot, or delete the deployment",
+                )
+        return None
+
+    def _promoted(self, manifest: Manifest) -> FailedPrecondition | None:
+        """A chain is read from its end: its other links are parents of that."""
+        for model in self.promoting:
+            source = (model.account, model.source.job, POLICY_SLOT, model.source.checkpoint)
+            if source == (manifest.account, manifest.job, manifest.slot, manifest.identity):
+                return FailedPrecondition(
+                    f"snapshot {manifest.identity!r} is being promoted to model {model.id!r}",
+                    hint="wait for the promotion",
                 )
         return None
 

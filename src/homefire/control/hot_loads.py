@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from homefire.wire.errors import (
     InvalidArgument,
     NotFound,
     UnknownDeployment,
+    UnknownSnapshot,
     WrongCheckpointKind,
 )
 from homefire.wire.ids import BASE_IDENTITY, POLICY_SLOT, check_name
@@ -64,6 +65,8 @@ class HotLoads:
     reconciler: Reconciler
     clock: Clock
     home: Home
+    going: Collection[CheckpointKey] = ()
+    """What is being pruned right now."""
 
     async def signal(
         self, account: str, deployment_name: str, signal: HotLoadSignal
@@ -87,6 +90,11 @@ class HotLoads:
             location, digest = await self._find(deployment, identity)
 
         def work(connection: sqlite3.Connection) -> None:
+            if location is not None and _sampler(location, str(identity)) in self.going:
+                raise UnknownSnapshot(
+                    f"snapshot {identity!r} is being pruned",
+                    hint="hot-load another, and pin what is to stay",
+                )
             row = find_deployment(connection, account, deployment.id)
             transition = _transition(row.config.hot_load_transition_type)
             _refuse_strict_async(signal, transition)
@@ -159,9 +167,7 @@ class HotLoads:
         return writers[-1]
 
     def _digest(self, location: SnapshotLocation, identity: str) -> str:
-        key = CheckpointKey(
-            location.account, location.job, location.slot, CheckpointFamily.SAMPLER, identity
-        )
+        key = _sampler(location, identity)
         if self.store.exists(key):
             return self.store.loadable(key).digest
         state = CheckpointKey(
@@ -174,6 +180,11 @@ class HotLoads:
                 field="identity",
             )
         return self.store.loadable(key).digest
+
+
+def _sampler(location: SnapshotLocation, identity: str) -> CheckpointKey:
+    where = location.account, location.job, location.slot
+    return CheckpointKey(*where, CheckpointFamily.SAMPLER, identity)
 
 
 def hot_load_status(deployment: DeploymentRow, seen: Mapping[int, SeenReplica]) -> HotLoadStatus:

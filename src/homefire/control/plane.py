@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from homefire.checkpoints import open_store
+from homefire.checkpoints import CheckpointKey, open_store
 from homefire.control.capacity import Capacity
 from homefire.control.catalog import Catalog, read_aliases
 from homefire.control.checkpoint_deletion import CheckpointDeletion
@@ -173,7 +173,10 @@ class ControlPlane:
         self.deployments = Deployments(
             self.database, self.catalog, self.reconciler, self.capacity, self.clock
         )
-        self.hot_loads = HotLoads(self.database, self.store, self.reconciler, self.clock, self.home)
+        going = set[CheckpointKey]()
+        self.hot_loads = HotLoads(
+            self.database, self.store, self.reconciler, self.clock, self.home, going
+        )
         self.models = Models(self.database, self.catalog, DEFAULT_ACCOUNT, self.spec.accelerator)
         self.activities = Activities(self.home)
         self.deletion = CheckpointDeletion(
@@ -199,6 +202,7 @@ class ControlPlane:
             self.home,
             self.clock,
             tombstone_s=self.spec.tombstone_retention_s,
+            going=going,
         )
         self.tinker = TinkerPlane(
             database=self.database,

@@ -56,6 +56,8 @@ class Retention:
     clock: Clock
     tombstone_s: float
     """How long a deleted job's checkpoints stay."""
+    going: set[CheckpointKey]
+    """What is being deleted: nobody may begin to serve it."""
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def set_policy(self, job: JobRow, policy: RetentionPolicy) -> JobRow:
@@ -78,8 +80,8 @@ class Retention:
         async with self._turn:
             verdicts = await self._decide(job, applied)
             spared: dict[str, str] = {}
-            if not dry_run:
-                spared = await self._remove(job, in_order_of_deletion(verdicts))
+            if not dry_run and not all(verdict.keep for verdict in verdicts):
+                verdicts, spared = await self._act(job, applied, verdicts)
         return _report(applied, verdicts, spared, dry_run=dry_run)
 
     async def apply_policies(self) -> None:
@@ -121,6 +123,20 @@ class Retention:
             evaluations=[evaluation_resource(row) for row in rows],
             is_live=job.state is not JobState.DELETED,
         )
+
+    async def _act(
+        self, job: JobRow, policy: RetentionPolicy, verdicts: Sequence[Verdict]
+    ) -> tuple[list[Verdict], dict[str, str]]:
+        """Decides once more behind a barrier: what began to be served since the first decision stays,
+        and what is still to go cannot be served any more."""
+        self.going.update(CheckpointKey.of(m) for m in in_order_of_deletion(verdicts))
+        try:
+            barred = frozenset(self.going)
+            again = await self._decide(job, policy)
+            going = [m for m in in_order_of_deletion(again) if CheckpointKey.of(m) in barred]
+            return again, await self._remove(job, going)
+        finally:
+            self.going.clear()
 
     async def _remove(self, job: JobRow, going: Sequence[Manifest]) -> dict[str, str]:
         """Why what was to go stays after all, by key."""

@@ -185,3 +185,12 @@ def test_experts_in_the_configuration_make_a_model_moe(
 ) -> None:
     (tmp_path / "config.json").write_bytes(msgspec.json.encode({"model_type": "x", **fields}))
     assert base_model_details(tmp_path).moe is expected
+
+
+def test_a_directory_below_two_roots_is_listed_once(
+    make_catalog: MakeCatalog, tmp_path: Path
+) -> None:
+    """`homefire up` gives the home's own models as a root, too."""
+    ensure_tiny(tmp_path / "models" / "mine")
+    names = [entry.name for entry in make_catalog(tmp_path / "models").entries([])]
+    assert names == ["accounts/local/models/tiny", "accounts/local/models/mine"]

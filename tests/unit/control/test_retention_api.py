@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,63 @@ async def test_a_policy_that_makes_no_sense_is_refused(
 async def test_a_job_is_created_with_a_policy(control: Any) -> None:
     job = await control.create_job(retention={"keepBest": "reward", "ttlSeconds": 3600})
     assert job["retention"]["keepBest"] == "reward"
+
+
+async def test_what_begins_to_be_served_meanwhile_stays_and_what_goes_cannot_be_served(
+    bench: Any, trained: Any
+) -> None:
+    """s1 is asked for between the decision and its barrier, s4 while the worker deletes it."""
+    await trained.create_deployment(hotLoadTrainerJob="accounts/local/rlorTrainerJobs/j1")
+    headers = {"fireworks-deployment": "accounts/local/deployments/d1"}
+
+    async def load(identity: str) -> Any:
+        body = {"identity": identity}
+        path = "/hot_load/v1/models/hot_load"
+        return await trained.client.post(path, json=body, headers=headers)
+
+    retention = trained.plane.retention
+    decided = 0
+    decide = type(retention)._decide
+
+    async def decide_slowly(*arguments: Any) -> Any:
+        nonlocal decided
+        decided += 1
+        verdicts = await decide(retention, *arguments)
+        if decided == 1:
+            assert (await load("s1")).status_code == 200
+        return verdicts
+
+    object.__setattr__(retention, "_decide", decide_slowly)
+    bench.launcher._on_start = None
+    pruning = asyncio.create_task(
+        trained.call("POST", f"{JOB}/checkpoints:prune", {"policy": {"keepLast": 1}})
+    )
+    while not bench.launcher.running("retention j1"):
+        await asyncio.sleep(0)
+    refused = await load("s4")
+    assert refused.status_code >= 400
+    assert "is being pruned" in refused.text
+    work(bench, bench.launcher.process("retention j1"))
+    report = await pruning
+    assert [r["checkpoint"] for r in report["checkpoints"] if r["keep"]] == ["s1", "s6"]
+    assert (await load("s6")).status_code == 200
+    assert await names(trained) == ["s1", "s6"]
+
+
+async def test_what_is_being_promoted_stays(bench: Any, trained: Any) -> None:
+    bench.launcher._on_start = None
+    promoting = asyncio.create_task(
+        trained.call(
+            "POST",
+            "/v1/accounts/local/checkpoints/s1:promote",
+            {"output_model": "best", "trainer_job_id": "j1"},
+        )
+    )
+    while not bench.launcher.running("promotion best"):
+        await asyncio.sleep(0)
+    body = {"policy": {"keepLast": 1}, "dryRun": True}
+    report = await trained.call("POST", f"{JOB}/checkpoints:prune", body)
+    why = {r["checkpoint"]: r["why"] for r in report["checkpoints"]}
+    assert why["s1"] == ["snapshot 's1' is being promoted to model 'best'"]
+    promoting.cancel()
+    await asyncio.gather(promoting, return_exceptions=True)

@@ -19,6 +19,7 @@ from homefire.inference.engine.protocol import (
     Sampling,
     SequenceRequest,
     Started,
+    Stragglers,
     Swapped,
     WeightSet,
 )
@@ -358,7 +359,8 @@ def test_a_network_that_keeps_nothing_serves_all_the_same(
 def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
     tiny_directory: Any, data: st.DataObject
 ) -> None:
-    """The fake network checks each block it is handed; what is pinned must be given back."""
+    """The fake network checks each block it is handed, every token is the one of the weights that it names,
+    and what is pinned must be given back."""
     num_blocks = data.draw(st.sampled_from([0, 2, 7, 40]))
     network = BigramNetwork(
         tiny_directory, max_context_length=1 << 20, num_blocks=num_blocks, block_tokens=4
@@ -368,7 +370,7 @@ def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
     scheduler = Scheduler(network, network.base_weights(), limits=limits, clock=clock)
     bench = Bench(scheduler, clock)
     live: list[Any] = []
-    for action in data.draw(st.lists(st.sampled_from("sssncw"), max_size=12)):
+    for action in data.draw(st.lists(st.sampled_from("sssncwi"), max_size=12)):
         if action == "s":
             prompt = [data.draw(st.integers(0, 1))] * data.draw(st.integers(1, 30))
             count = data.draw(st.integers(1, 3))
@@ -376,12 +378,13 @@ def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
         elif action == "c" and live:
             generation, _ = live.pop()
             scheduler.cancel(generation)
-        elif action == "w" and scheduler._swaps.pending is None:
+        elif action in "wi" and scheduler._swaps.pending is None:
             done: Future[Swapped] = Future()
             scheduler.begin_swap(
                 canary_set(data.draw(st.integers(2, 4))),
-                drain_timeout_s=1e9,
+                drain_timeout_s=1e9 if action == "w" else 0.0,
                 done=done,
+                stragglers=Stragglers.GO_ON,
                 reset_prompt_cache=data.draw(st.booleans()),
             )
         else:
@@ -392,6 +395,12 @@ def test_whatever_comes_and_goes_every_sequence_ends_and_every_block_is_right(
         [update.finish for update in recorder.of(Sampled)].count(FinishReason.LENGTH)
         == len({update.index for update in recorder.of(Sampled)})
         for _, recorder in live
+    )
+    assert all(
+        update.weights.name in ("base", f"canary-{token}")
+        for _, recorder in live
+        for update in recorder.of(Sampled)
+        for token in update.tokens
     )
     cache = scheduler._prefills._cache
     cache.evict_idle()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from homefire.foundation import logs
 from homefire.foundation.failpoints import check_allowed
+from homefire.foundation.supervised import end_with_supervisor
 from homefire.gateway.app import gateway_app
 from homefire.http.serve import serve_descriptor, serve_tcp
 from homefire.wire.specs import GatewaySpec, read_spec
@@ -28,6 +29,7 @@ def main() -> None:
     spec = read_spec(arguments.spec, GatewaySpec)
     check_allowed(spec.host)
     app = gateway_app(spec)
+    end_with_supervisor()
     if arguments.fd is None:
         serve_tcp(
             app, host=spec.host, port=spec.port, certificate=spec.tls_certificate, key=spec.tls_key

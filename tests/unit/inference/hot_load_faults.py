@@ -6,7 +6,6 @@ A fault strikes once, so that a second, whole reading can be seen to heal what i
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from homefire.checkpoints import CheckpointFamily, CheckpointKey, DirectoryStore, materialize
-from homefire.checkpoints.delta_file import DELTA_FILE
+from homefire.checkpoints.delta_file import DELTA_FILE, DeltaFile
 from homefire.checkpoints.file_digest import file_entry
 from homefire.checkpoints.manifest_file import decode_manifest, encode_manifest
 from homefire.checkpoints.snapshots import SnapshotInfo, write_base
@@ -167,10 +166,10 @@ def stale_adapter(place: Place) -> None:
 def double_apply(place: Place) -> None:
     """The delta is applied to its own result."""
 
-    def twice(decode: Any, tensor: RawTensor, encoded: Any) -> RawTensor:
-        return decode(decode(tensor, encoded), encoded)
+    def twice(apply: Any, file: Any, name: str, base: RawTensor, **options: Any) -> RawTensor:
+        return apply(file, name, apply(file, name, base, **options), **options)
 
-    place.once(sys.modules[materialize.__module__], "decode_tensor", twice)
+    place.once(DeltaFile, "apply", twice)
 
 
 def cache_reuse(place: Place) -> None:

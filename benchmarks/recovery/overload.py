@@ -86,6 +86,7 @@ def samples(report: Report, root: Path, *, quick: bool) -> None:
 def _report_heartbeats(report: Report, what: str, beats: Heartbeats) -> None:
     report.note(**{f"{what}: heartbeats": len(beats.seconds)})
     report.note(**{f"{what}: heartbeat p50, ms": beats.percentile_ms(0.5)})
+    report.note(**{f"{what}: heartbeat p95, ms": beats.percentile_ms(0.95)})
     report.add(
         Bar(
             f"{what}: heartbeat p99, ms",

@@ -71,11 +71,11 @@ def test_a_damaged_record_is_refused(make_trainer, point, damage):
 
 
 def test_a_write_that_fails_leaves_nothing_behind(make_trainer, point, monkeypatch):
-    def full_disk(path):
+    def full_disk(path, disk):
         raise OSError(28, "No space left on device")
 
     trainer = make_trainer().open()
-    monkeypatch.setattr(durable, "_sync_path", full_disk)
+    monkeypatch.setattr(durable, "_sync_tree", full_disk)
     with pytest.raises(StorageFailed, match="No space"):
         save(trainer, point)
     assert not point.exists()

@@ -80,8 +80,8 @@ class HotLoader:
         self.target: str | None = None
         self.error = ""
         self.error_code = ""
-        self.canary = CanaryVerdict.ABSENT
-        """Of what serves."""
+        self._proven: tuple[ServedWeights, CanaryVerdict] | None = None
+        """By the last load that was heard of."""
         self.ledger: list[LedgerEntry] = []
 
     def request(self, wanted: HotLoadRequest) -> None:
@@ -116,6 +116,12 @@ class HotLoader:
 
     def is_serving(self, wanted: HotLoadRequest) -> bool:
         return self._engine is not None and self._is_serving(self._engine, wanted)
+
+    def canary_of(self, served: ServedWeights) -> CanaryVerdict:
+        """ABSENT also where nobody heard what it said of these weights."""
+        if self._proven is None or self._proven[0] != served:
+            return CanaryVerdict.ABSENT
+        return self._proven[1]
 
     def attach(self, engine: InferenceEngine) -> None:
         """The engine is ready; what was requested before is loaded now."""
@@ -199,7 +205,7 @@ class HotLoader:
         load_ms = attempt.elapsed_ms
         self._enter(HotLoadStage.DRAINING, wanted.identity)
         swapped = await self._swap(engine, weights, wanted)
-        self._served_from, self.canary = wanted.location, swapped.canary
+        self._served_from, self._proven = wanted.location, (weights.served, swapped.canary)
         self._record_success(weights.served, swapped, attempt, load_ms=load_ms)
 
     async def _swap(

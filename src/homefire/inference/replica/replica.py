@@ -121,7 +121,6 @@ class Replica:
             digest="",
             stage=loader.stage,
             target=loader.target,
-            canary=loader.canary,
             error=loader.error or self._failure,
             error_code=loader.error_code,
             num_asked=self.num_asked,
@@ -129,7 +128,11 @@ class Replica:
         )
         if self._engine is None:
             return status
-        return _with_engine(status, self._engine, num_waiting=self.session_weights.num_waiting)
+        with_engine = _with_engine(
+            status, self._engine, num_waiting=self.session_weights.num_waiting
+        )
+        canary = loader.canary_of(self._engine.serving())
+        return msgspec.structs.replace(with_engine, canary=canary)
 
     async def _open(self) -> None:
         began_at = self.clock.monotonic()

@@ -210,6 +210,7 @@ async def test_a_load_whose_acknowledgement_was_lost_is_done_again(go_live: GoLi
         faults.lost_acknowledgement(live.place)
         unheard = await live.load("s1")
         assert (tries(unheard), unheard.identity) == ([(False, "unavailable")], "s1")
+        assert unheard.canary is CanaryVerdict.ABSENT
         assert (await live.ask())["homefire"]["weights"]["identity"] == "s1"
         again = await live.load("s1")
     assert tries(again) == [(False, "unavailable"), (True, "")]

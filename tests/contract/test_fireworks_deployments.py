@@ -46,11 +46,14 @@ def test_a_deployment_says_where_its_snapshots_lie(found):
 @every_release
 @shows("DeploymentManager.hotload_check_status")
 def test_before_any_load_the_base_model_is_served(found):
-    assert found["hotload_check_status"] == {
+    replica = found["hotload_check_status"]
+    proven = replica.pop("homefire")
+    assert replica == {
         "current_snapshot_identity": None,
         "readiness": True,
         "loading_state": {"stage": "idle"},
     }
+    assert (proven["canary"], proven["attested_by"]) == ("absent", "memory")
 
 
 @every_release

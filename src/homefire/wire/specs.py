@@ -155,6 +155,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences decoded together."""
     max_queued: int = 4096
     """Requests waiting before new ones are shed with 429."""
+    max_queued_tokens: int = 8 << 20
+    """The same of their prompts' tokens: what waits takes memory."""
     max_adapters: int = 16
     """LoRA snapshots held in memory at once; idle ones make room for others."""
     max_adapter_bytes: int = 2 << 30

@@ -68,7 +68,7 @@ class Bench:
         self, *sequences: SequenceRequest, weights: ServedWeights | None = None
     ) -> tuple[Generation, Recorder]:
         recorder = Recorder()
-        generation = Generation(recorder, self.clock.monotonic(), weights)
+        generation = Generation(recorder, self.clock.monotonic(), wanted=weights)
         self.scheduler.submit(generation, sequences)
         return generation, recorder
 

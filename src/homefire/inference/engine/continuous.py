@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from homefire.foundation.clock import Clock, SystemClock
@@ -31,6 +32,15 @@ log = logging.getLogger(__name__)
 _Command = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class QueueLimits:
+    """What may wait before new requests are shed."""
+
+    requests: int = 4096
+    prompt_tokens: int = 8 << 20
+    """A prompt that is longer than that is taken all the same while nothing else waits."""
+
+
 class ContinuousEngine:
     """An `InferenceEngine` over a network of this process, which belongs to the engine's thread."""
 
@@ -41,13 +51,15 @@ class ContinuousEngine:
         *,
         publish: Publish,
         limits: SchedulerLimits | None = None,
-        max_queued: int = 4096,
+        queue: QueueLimits | None = None,
         clock: Clock | None = None,
     ) -> None:
         """`weights` is what the network holds now."""
         self._network = network
         self._publish = publish
-        self._max_queued = max_queued
+        self._queue = queue or QueueLimits()
+        self._sent_tokens = 0
+        """Of prompts that the scheduler has not taken yet; guarded by `_sending`."""
         self._clock = clock or SystemClock()
         self._scheduler = Scheduler(
             network, weights, limits=limits or SchedulerLimits(), clock=self._clock
@@ -77,14 +89,12 @@ class ContinuousEngine:
         *,
         weights: ServedWeights | None = None,
     ) -> Ticket:
-        num_queued = self.load().queued
-        if num_queued >= self._max_queued:
-            raise Overloaded(
-                f"{num_queued} requests are waiting, the limit is {self._max_queued}",
-                hint="retry later, with fewer requests at once",
-            )
-        generation = Generation(listener, self._clock.monotonic(), weights)
-        self._send(lambda: self._scheduler.submit(generation, sequences))
+        num_tokens = _num_prompt_tokens(sequences)
+        self._check_room(num_tokens)
+        generation = Generation(listener, self._clock.monotonic(), num_tokens, weights)
+        with self._sending:
+            self._sent_tokens += num_tokens
+        self._send(lambda: self._take(generation, sequences))
         return generation
 
     def cancel(self, ticket: Ticket) -> None:
@@ -136,7 +146,8 @@ class ContinuousEngine:
 
     def load(self) -> Load:
         queued = self._scheduler.num_queued + self._commands.qsize()
-        return Load(self._scheduler.num_running, queued)
+        queued_tokens = self._scheduler.num_queued_tokens + self._sent_tokens
+        return Load(self._scheduler.num_running, queued, queued_tokens)
 
     @property
     def failure(self) -> str:
@@ -147,6 +158,20 @@ class ContinuousEngine:
             self._send(lambda: self._end(Unavailable("the replica is stopping")))
         self._thread.join()
 
+    def _check_room(self, num_tokens: int) -> None:
+        load, limits = self.load(), self._queue
+        hint = "retry later, with fewer requests at once"
+        if load.queued >= limits.requests:
+            raise Overloaded(
+                f"{load.queued} requests are waiting, the limit is {limits.requests}", hint=hint
+            )
+        if load.queued_tokens and load.queued_tokens + num_tokens > limits.prompt_tokens:
+            raise Overloaded(
+                f"{load.queued_tokens} prompt tokens are waiting, with {num_tokens} more they would be "
+                f"over the limit of {limits.prompt_tokens}",
+                hint=hint,
+            )
+
     def _send(self, command: _Command) -> None:
         with self._sending:
             if self._ended is not None:
@@ -154,6 +179,11 @@ class ContinuousEngine:
             self._commands.put(command)
 
     # the engine's thread --------------------------------------------------------------------
+
+    def _take(self, generation: Generation, sequences: Sequence[SequenceRequest]) -> None:
+        with self._sending:
+            self._sent_tokens -= generation.num_prompt_tokens
+        self._scheduler.submit(generation, sequences)
 
     def _run(self) -> None:
         while self._ended is None:
@@ -197,3 +227,9 @@ class ContinuousEngine:
     def _tell(self, deliveries: Deliveries) -> None:
         if deliveries:
             self._publish(deliveries)
+
+
+def _num_prompt_tokens(sequences: Sequence[SequenceRequest]) -> int:
+    """Samples of one prompt share it."""
+    prompts = {id(request.prompt): request.prompt for request in sequences}
+    return sum(len(prompt) for prompt in prompts.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from homefire.inference.engine.adapter_table import AdapterLimits
-from homefire.inference.engine.continuous import ContinuousEngine
+from homefire.inference.engine.continuous import ContinuousEngine, QueueLimits
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.network import Network
 from homefire.inference.engine.protocol import InferenceEngine, Publish, WeightSet
@@ -24,7 +24,7 @@ def open_engine(spec: ReplicaSpec, publish: Publish) -> InferenceEngine:
             max_running=spec.max_running,
             adapters=AdapterLimits(spec.max_adapters, spec.max_adapter_bytes),
         ),
-        max_queued=spec.max_queued,
+        queue=QueueLimits(spec.max_queued, spec.max_queued_tokens),
     )
 
 

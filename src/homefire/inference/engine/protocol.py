@@ -222,6 +222,8 @@ class Load:
     """Sequences."""
     queued: int
     """Generations of which no sequence runs yet."""
+    queued_tokens: int = 0
+    """Of their prompts; one that several sequences share counts once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Scheduler:
         self._begun: deque[Sequence] = deque()
         """Not admitted yet, of generations that have begun: they end on the weights they began on."""
         self._prefills = Prefills(network, budget=limits.prefill_tokens)
-        self._num_queued = 0
+        self._num_queued = self._num_queued_tokens = 0
         self._running: list[Sequence] = []
         self._plan: SamplingPlan | None = None
         self._row_adapters: tuple[Adapter, ...] = ()
@@ -96,6 +96,11 @@ class Scheduler:
         return self._num_queued
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Of their prompts."""
+        return self._num_queued_tokens
+
+    @property
     def is_idle(self) -> bool:
         has_sequences = self._waiting or self._begun or self.num_running
         return not (has_sequences or self._swaps.pending)
@@ -106,7 +111,7 @@ class Scheduler:
         for index, request in enumerate(sequences):
             numbers = self._random if request.seed is None else random.Random(request.seed)
             self._waiting.append(Sequence(generation, index, request, numbers))
-        self._num_queued += 1
+        self._count_queued(generation, 1)
 
     def cancel(self, generation: Generation) -> None:
         """Frees its slots now; its listener hears no more."""
@@ -239,7 +244,7 @@ class Scheduler:
 
     def _start(self, generation: Generation, now: float) -> None:
         generation.weights, generation.adapter = self._weights_of(generation)
-        self._num_queued -= 1
+        self._count_queued(generation, -1)
         swap_wait_s = self._swaps.gate.closed_between(generation.arrived_at, now)
         queue_s = max(0.0, now - generation.arrived_at - swap_wait_s)
         generation.started = Started(generation.weights, queue_s, swap_wait_s, self.num_running)
@@ -382,8 +387,12 @@ class Scheduler:
         """Its sequences that wait are skipped from now on."""
         for generation in generations:
             if generation.weights is None and not generation.has_ended:
-                self._num_queued -= 1
+                self._count_queued(generation, -1)
             generation.has_ended = True
+
+    def _count_queued(self, generation: Generation, change: int) -> None:
+        self._num_queued += change
+        self._num_queued_tokens += change * generation.num_prompt_tokens
 
     def _take_deliveries(self) -> list[tuple[Listener, Update]]:
         deliveries, self._deliveries = self._deliveries, []

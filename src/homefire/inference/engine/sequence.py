@@ -27,6 +27,8 @@ class Generation(Ticket):
 
     listener: Listener
     arrived_at: float
+    num_prompt_tokens: int = 0
+    """Of all its different prompts."""
     wanted: ServedWeights | None = None
     """These weights and no others; None: those that serve at admission."""
     weights: ServedWeights | None = None

@@ -71,7 +71,12 @@ class Order:
         return prompt[max(0, len(prompt) - self.num_echoed) :]
 
     def sequences(self, tokenizer: ModelTokenizer, limits: ModelLimits) -> list[SequenceRequest]:
-        return [self._sequence(i, tokenizer, limits) for i in range(self.num_choices)]
+        """The choices of one prompt share its tokens."""
+        prompts = [tuple(prompt) for prompt in self.prompts]
+        return [
+            self._sequence(choice, prompts[choice // self.n], tokenizer, limits)
+            for choice in range(self.num_choices)
+        ]
 
     def transcript(self, choice: int, tokenizer: ModelTokenizer) -> Transcript:
         prompt = self.prompt_of(choice)
@@ -91,12 +96,15 @@ class Order:
         return tokenizer.token_name if self.style is LogprobStyle.LEGACY else tokenizer.token_text
 
     def _sequence(
-        self, choice: int, tokenizer: ModelTokenizer, limits: ModelLimits
+        self,
+        choice: int,
+        prompt: tuple[int, ...],
+        tokenizer: ModelTokenizer,
+        limits: ModelLimits,
     ) -> SequenceRequest:
-        prompt = self.prompt_of(choice)
         wants_scores = self.num_echoed > 0 and self.style is not LogprobStyle.NONE
         return SequenceRequest(
-            prompt=tuple(prompt),
+            prompt=prompt,
             max_new_tokens=min(self.max_tokens, limits.max_context_length - len(prompt)),
             sampling=self.sampling,
             seed=None if self.seed is None else abs(self.seed) + choice * _NEXT_CHOICE,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from homefire.inference.engine.continuous import ContinuousEngine
+from homefire.inference.engine.continuous import ContinuousEngine, QueueLimits
 from homefire.inference.engine.fake import BigramNetwork
 from homefire.inference.engine.protocol import Failed, Load, SequenceRequest
 from homefire.wire.errors import EngineFailed, Overloaded, Unavailable
@@ -77,7 +77,7 @@ def test_generations_from_many_threads_all_end(make_engine: MakeEngine) -> None:
 
 def test_too_many_waiting_requests_are_shed(make_engine: MakeEngine, tiny_directory: Path) -> None:
     network = Held(tiny_directory)
-    engine = make_engine(network, max_queued=3)
+    engine = make_engine(network, queue=QueueLimits(requests=3))
     running = Waiting()
     engine.submit([request(new=3)], running)
     assert network.entered.wait(TIMEOUT_S)
@@ -88,6 +88,27 @@ def test_too_many_waiting_requests_are_shed(make_engine: MakeEngine, tiny_direct
         engine.submit([request()], Waiting())
     network.let.set()
     assert all(listener.over.wait(TIMEOUT_S) for listener in (running, *waiting))
+
+
+def test_prompts_that_wait_have_so_many_tokens_at_most(
+    make_engine: MakeEngine, tiny_directory: Path
+) -> None:
+    network = Held(tiny_directory)
+    engine = make_engine(network, queue=QueueLimits(prompt_tokens=10))
+    running, group, too_long = Waiting(), Waiting(4), Waiting()
+    engine.submit([request(new=3)], running)
+    assert network.entered.wait(TIMEOUT_S)
+    shared = request(*[1] * 8)
+    engine.submit([shared] * 4, group)
+    assert engine.load().queued_tokens == 8
+    with pytest.raises(Overloaded, match="8 prompt tokens are waiting, with 3 more"):
+        engine.submit([request(1, 1, 1)], Waiting())
+    network.let.set()
+    assert running.over.wait(TIMEOUT_S)
+    assert group.over.wait(TIMEOUT_S)
+    engine.submit([request(*[1] * 11)], too_long)
+    assert too_long.over.wait(TIMEOUT_S)
+    assert engine.load() == Load(running=0, queued=0)
 
 
 def test_a_cancelled_generation_leaves_the_engine(

@@ -36,7 +36,7 @@ def test_a_directory_appears_under_its_name_only_when_it_is_whole(tmp_path):
 def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path, monkeypatch, place):
     path = tmp_path / "f"
     durable.write_file(path, b"old")
-    monkeypatch.setattr(failpoints, "_actions", {place: ("enospc", 1)})
+    monkeypatch.setattr(failpoints, "_actions", failpoints._parse(f"{place}=enospc"))
     monkeypatch.setattr(failpoints, "_reached", failpoints.Counter())
     with pytest.raises(OSError, match="failpoint"):
         durable.write_file(path, b"new")
@@ -62,7 +62,7 @@ def test_a_kill_in_the_middle_leaves_the_old_content(tmp_path, place):
 
 
 def test_failpoints_are_refused_off_loopback(monkeypatch):
-    monkeypatch.setattr(failpoints, "_actions", {"x": ("kill", 1)})
+    monkeypatch.setattr(failpoints, "_actions", failpoints._parse("x=kill"))
     failpoints.check_allowed("127.0.0.1")
     with pytest.raises(ValueError, match="loopback only"):
         failpoints.check_allowed("0.0.0.0")
@@ -74,7 +74,7 @@ def test_a_misspelt_failpoint_action_is_refused():
 
 
 def test_a_failpoint_fires_the_time_it_was_asked_for(monkeypatch):
-    monkeypatch.setattr(failpoints, "_actions", {"x": ("eio", 3)})
+    monkeypatch.setattr(failpoints, "_actions", failpoints._parse("x=eio@3"))
     monkeypatch.setattr(failpoints, "_reached", failpoints.Counter())
     failpoints.failpoint("x")
     failpoints.failpoint("x")

@@ -5,12 +5,10 @@ One object per life of the engine. It knows which slots are open there and how m
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable
 from pathlib import Path
 
 from homefire.checkpoints import CheckpointStore
-from homefire.trainer.front import operations
 from homefire.trainer.front.engine_process import Engine, ask, ended, expect
 from homefire.trainer.front.graph_board import GraphBoard
 from homefire.trainer.front.operations import (
@@ -28,6 +26,7 @@ from homefire.trainer.front.operations import (
     UnloadHandle,
 )
 from homefire.trainer.front.outcome import Fields, Outcome, failed
+from homefire.trainer.front.read_ahead import ReadAhead
 from homefire.trainer.front.records import (
     STATE_DIGEST,
     STEP_TIME,
@@ -39,7 +38,7 @@ from homefire.trainer.front.records import (
 from homefire.trainer.front.sessions import Request
 from homefire.trainer.front.slot_checkpoints import SlotCheckpoints
 from homefire.trainer.front.slot_policy import SlotPolicy
-from homefire.trainer.front.validation import Batch, Limits, check_batch
+from homefire.trainer.front.validation import Batch, Limits
 from homefire.wire import engine as wire
 from homefire.wire.engine import SlotKind, check_adam
 from homefire.wire.errors import (
@@ -73,6 +72,8 @@ class LiveModel:
         self.limits = Limits(
             opened.vocab_size, min(opened.max_context_length, spec.max_context_length)
         )
+        self.ahead = ReadAhead(self.limits)
+        """What is prepared of the requests that come next."""
 
     @property
     def engine(self) -> Engine:
@@ -146,7 +147,7 @@ class LiveModel:
     async def _run_pass(self, request: Request, operation: RunPass, handle: Handle) -> Outcome:
         if request.plan is None:
             raise InternalError(f"{request.request_id} has no plan")
-        batch = await self.checked(request, operation)
+        batch = await self.ahead.batch(request, operation)
         body = operation.body
         kind = wire.Forward if body.forward_only else wire.ForwardBackward
         message = kind(
@@ -159,12 +160,6 @@ class LiveModel:
         rows = expect(reply, wire.Rows)
         self._graphs.note(rows)
         return pass_outcome(operation, batch, rows, arrays)
-
-    async def checked(self, request: Request, operation: RunPass) -> Batch:
-        """The pass's batch; raises the first thing that is wrong with it."""
-        if len(request.operation) > operations.OFF_LOOP_ABOVE:
-            return await asyncio.to_thread(check_batch, operation.body, self.limits)
-        return check_batch(operation.body, self.limits)
 
     async def _step(self, operation: StepOptimizer, handle: Handle) -> Outcome:
         message = wire.OptimStep(

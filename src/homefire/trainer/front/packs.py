@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-from homefire.trainer.front import operations
 from homefire.trainer.front.engine_process import expect
 from homefire.trainer.front.live_model import LiveModel, pass_outcome
 from homefire.trainer.front.operations import OperationKind, RunPass
@@ -101,10 +100,10 @@ def _may_join(request: Request, handle: Handle, model: LiveModel) -> bool:
 
 async def member_of(request: Request, handle: Handle, model: LiveModel) -> Member:
     """Raises what is wrong with the request, or why it is never packed."""
-    operation = await operations.decode_off_loop(request.operation)
+    operation = await model.ahead.operation(request)
     if not isinstance(operation, RunPass) or request.plan is None:
         raise InternalError(f"{request.request_id} is not a pass with a plan")
-    batch = await model.checked(request, operation)
+    batch = await model.ahead.batch(request, operation)
     if not batch.shapes:
         raise FailedPrecondition("passes that end in embeddings are not packed")
     return Member(request, operation, handle, request.plan, batch)

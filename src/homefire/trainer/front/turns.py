@@ -6,7 +6,14 @@ first, so a tenant that queues a thousand requests holds up another's by one of 
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import islice
+
 from homefire.trainer.front.sessions import Ledger, Request
+
+_LOOK_AHEAD = 64
+"""Requests."""
+_COMING_PER_SLOT = 2
 
 
 class Turns:
@@ -26,6 +33,17 @@ class Turns:
             return [requests[self._ledger.queue[0]]]
         firsts = self._first_of_each_slot()
         return sorted(firsts.values(), key=lambda r: self._served.get(self._slot(r), 0))
+
+    def coming(self) -> list[Request]:
+        """The next ones of each slot, in the order of the queue: with the one that runs, the one after."""
+        counts: Counter[str] = Counter()
+        found: list[Request] = []
+        for request_id in islice(self._ledger.queue, _LOOK_AHEAD):
+            request = self._ledger.requests[request_id]
+            counts[self._slot(request)] += 1
+            if counts[self._slot(request)] <= _COMING_PER_SLOT:
+                found.append(request)
+        return found
 
     def note(self, request: Request) -> None:
         """The request's slot has its turn now."""

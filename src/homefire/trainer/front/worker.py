@@ -118,6 +118,11 @@ class Worker:
     def wake(self) -> None:
         """Something was queued."""
         self._wake.set()
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        if self.model is not None:
+            self.model.ahead.begin(self._turns.coming())
 
     async def forget_loads(self) -> None:
         """Returns when no recovery would load a state again, so that any state may be deleted.
@@ -235,6 +240,7 @@ class Worker:
                 await self._keep_house(model)
         finally:
             exited.cancel()
+            model.ahead.close()
         await self._saves.settled()
         if self._points.is_dirty:
             await self._take_point(model)
@@ -301,6 +307,7 @@ class Worker:
         self._status.report(ErrorRecord.of(error))
 
     async def _run_next(self, model: LiveModel) -> None:
+        self._read_ahead()
         waiting = self._turns.waiting()
         pack = await pack_of(
             waiting,
@@ -317,7 +324,7 @@ class Worker:
     async def _run_alone(self, model: LiveModel, request: Request) -> None:
         self._turns.note(request)
         handle = self._ledger.handles[request.model_id]
-        operation = await operations.decode_off_loop(request.operation)
+        operation = await model.ahead.operation(request)
         await self._keep_what_was_loaded(model, operation)
         if _reads_checkpoints(operation):
             await self._saves.settled()

@@ -48,6 +48,7 @@ def objections(job_dir: Path, exchanges: Sequence[Exchange]) -> list[str]:
     return [
         *_acknowledgements(exchanges, accepted),
         *_applications(accepted, completed),
+        *_saves(records),
         *_order(accepted, completed),
         *_reports(exchanges),
         *_steps(exchanges, accepted, completed),
@@ -57,7 +58,7 @@ def objections(job_dir: Path, exchanges: Sequence[Exchange]) -> list[str]:
 def _completions(record: dict[str, Any]) -> list[dict[str, Any]]:
     if record["type"] == "pack_completed":
         return record["completed"]
-    return [record] if record["type"] == "completed" else []
+    return [record] if record["type"] in ("completed", "save_taken") else []
 
 
 def _acknowledgements(
@@ -87,6 +88,14 @@ def _applications(
     positions = [record["position"] for record in completed]
     if positions != list(range(1, len(positions) + 1)):
         yield f"positions are {positions}"
+
+
+def _saves(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What was taken in its place is written beside training, and ends once."""
+    ended = Counter(r["request_id"] for r in records if r["type"] == "save_ended")
+    for record in records:
+        if record["type"] == "save_taken" and ended[record["request_id"]] != 1:
+            yield f"save {record['request_id']} ended {ended[record['request_id']]} times"
 
 
 def _order(

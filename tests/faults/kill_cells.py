@@ -19,6 +19,7 @@ import tinker
 
 from faults.chaos_proxy import ChaosProxy, chaos_proxy
 from faults.front_process import SECRET
+from faults.history import objections
 from faults.preloaded import ImmortalFront, Nursery
 from homefire.checkpoints.tiny import ensure_tiny
 from homefire.foundation.events import read_events
@@ -199,6 +200,13 @@ def walk(
         run.digest = steps.digest(f"w-{steps._number}")
         run.num_kills = _num_deaths(run.job_dir)
     return run
+
+
+def assert_as_if_nothing_had_happened(killed: Run, quiet: Run) -> None:
+    assert killed.missed == []
+    assert objections(killed.job_dir, killed.proxy.exchanges) == []
+    assert killed.results == quiet.results
+    assert killed.digest == quiet.digest
 
 
 def _operate(front: ImmortalFront, steps: Walk, cell: Cell, run: Run, *, armed: bool) -> Any:

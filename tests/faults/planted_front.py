@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from homefire.trainer.front.admission import Admission
+from homefire.trainer.front.futures import Futures
 from homefire.trainer.front.journal import Journal
 from homefire.trainer.front.live_model import LiveModel
 from homefire.trainer.front.operations import OperationKind
@@ -74,6 +75,19 @@ def runs_what_is_in_the_journal_again() -> None:
     Front._read_journal = planted
 
 
+def forgets_what_it_has_answered() -> None:
+    """A result is gone once it was read, though the reply may have been lost."""
+    read = Futures.read
+
+    def planted(self: Futures, request_id: str) -> Any:
+        result = read(self, request_id)
+        self._stored.pop(request_id, None)
+        return result
+
+    Futures.read = planted
+
+
+NETWORK_BUGS = (knows_no_duplicates, forgets_what_it_has_answered)
 BUGS = (
     answers_before_it_journals,
     knows_no_duplicates,

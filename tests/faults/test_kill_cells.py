@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from faults.history import objections
-from faults.preloaded import Nursery
+from faults.conftest import StartWalk
 from homefire.wire.specs import EngineKind
 
 tinker = pytest.importorskip("tinker")
 
-from faults.kill_cells import Cell, Op, Phase, Run, fake_cells, torch_cells, walk  # noqa: E402
+from faults.kill_cells import (  # noqa: E402
+    Cell,
+    Op,
+    Phase,
+    assert_as_if_nothing_had_happened,
+    fake_cells,
+    torch_cells,
+)
 from faults.planted_front import BUGS  # noqa: E402
 
 pytestmark = [
@@ -24,47 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:DEPRECATED. TrainingClient.load_state:FutureWarning"),
 ]
-StartWalk = Callable[..., Run]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tinkers_own_connections() -> Iterator[None]:
-    """tinker leaves its sockets to the garbage collector; the warnings about them are not ours."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
-
-
-@pytest.fixture
-def start_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartWalk]:
-    """`start_walk(cells, armed=True)`: a run on a directory of its own."""
-    monkeypatch.setenv("TINKER_TELEMETRY", "0")
-    nurseries: dict[tuple[EngineKind, str], Nursery] = {}
-    failpoints = tmp_path / "failpoints"
-    num_walks = 0
-
-    def start(
-        cells: list[Cell], *, engine: EngineKind = EngineKind.FAKE, bug: str = "", **options
-    ) -> Run:
-        nonlocal num_walks
-        num_walks += 1
-        kind = (engine, bug)
-        if kind not in nurseries:
-            nurseries[kind] = Nursery(engine.value, failpoints, bug=bug)
-        root = tmp_path / str(num_walks)
-        return walk(root, nurseries[kind], failpoints, cells, engine=engine, **options)
-
-    yield start
-    for nursery in nurseries.values():
-        nursery.close()
-
-
-def assert_as_if_nothing_had_happened(killed: Run, quiet: Run) -> None:
-    assert killed.missed == []
-    assert objections(killed.job_dir, killed.proxy.exchanges) == []
-    assert killed.results == quiet.results
-    assert killed.digest == quiet.digest
 
 
 def test_a_client_notices_none_of_the_kills_of_the_fake_engine(start_walk: StartWalk) -> None:

@@ -91,9 +91,21 @@ _POINTS = (
 )
 
 
+_OF_A_SAVE = {
+    "worker.before_run": "save.before_taken",
+    "journal.before_applied": "save.after_taken",
+}
+"""A save is taken in its place and written beside training, so it has other places on the way."""
+
+
+def _cell(failpoint: str, op: Op, phase: Phase, count: int) -> Cell:
+    is_save = op in (Op.SAVE, Op.SNAPSHOT)
+    return Cell(_OF_A_SAVE.get(failpoint, failpoint) if is_save else failpoint, op, phase, count)
+
+
 def fake_cells() -> list[Cell]:
     """Rounds of all operations, each round at another place; then points, after two operations."""
-    anywhere = [Cell(name, op, phase, n) for name, phase, n in _ANY_OPERATION for op in Op]
+    anywhere = [_cell(name, op, phase, n) for name, phase, n in _ANY_OPERATION for op in Op]
     saves = [Cell(name, op, phase, n) for name, phase, n in _SAVES for op in (Op.SAVE, Op.SNAPSHOT)]
     points = [
         Cell(name, op, phase, n) for op in (Op.BACKWARD, Op.STEP) for name, phase, n in _POINTS
@@ -105,7 +117,7 @@ def torch_cells() -> list[Cell]:
     """Where the engine's own state is at stake."""
     places = _ANY_OPERATION[5:8]
     ops = (Op.BACKWARD, Op.STEP, Op.FORWARD, Op.SAVE, Op.SNAPSHOT, Op.LOAD)
-    return [Cell(name, op, phase, n) for name, phase, n in places for op in ops]
+    return [_cell(name, op, phase, n) for name, phase, n in places for op in ops]
 
 
 @dataclass

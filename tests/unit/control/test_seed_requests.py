@@ -94,6 +94,7 @@ async def test_every_request_of_the_seeds_run_gets_the_answer_that_its_client_ne
                     "current_snapshot_identity": None,
                     "readiness": True,
                     "loading_state": {"stage": "idle"},
+                    "homefire": {"digest": "", "canary": "absent", "attested_by": ""},
                 }
             ]
         }

@@ -339,9 +339,15 @@ async def test_the_sampler_of_an_ephemeral_save_is_made_when_it_is_named(control
     await control.deployment_becomes("READY", sampler)
 
 
-@pytest.mark.parametrize("service", ["pool-1", "pool-1-sampler", "j1"])
-async def test_what_the_root_plane_never_made_cannot_be_woken(control, service):
+async def test_a_request_wakes_a_dedicated_job_that_runs_without_touching_it(bench, control):
     await control.create_job("j1")
+    (trainer,) = bench.launcher.running()
+    await control.call("POST", "/internal/tinker/wake", {"account": "local", "service": "j1"})
+    assert bench.launcher.running() == [trainer]
+
+
+@pytest.mark.parametrize("service", ["pool-1", "pool-1-sampler"])
+async def test_what_the_root_plane_never_made_cannot_be_woken(control, service):
     await control.call(
         "POST", "/internal/tinker/wake", {"account": "local", "service": service}, expect=404
     )

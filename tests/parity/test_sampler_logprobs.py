@@ -25,6 +25,7 @@ from homefire.inference.engine.protocol import (
 from homefire.model import lora
 from homefire.model.loading import load_model
 from homefire.model.tensors import raw
+from homefire.wire.errors import DigestMismatch
 from homefire.wire.ids import Identity
 from homefire.wire.manifest import CheckpointKind, LoraManifest, whole_digest
 from homefire.wire.tensors import digest_tensors
@@ -187,11 +188,16 @@ def test_swapped_weights_reach_every_copy_and_come_back(
     assert bench.scheduler.serving.served == base.served
 
 
-def test_a_stale_tied_head_would_be_seen(directory: Callable[[bool, int], Path]) -> None:
+def test_a_stale_tied_head_is_refused_and_would_be_seen(
+    directory: Callable[[bool, int], Path],
+) -> None:
     """The planted fault: weights change, the head's copy does not."""
     bench = open_bench(directory(True, 1))
     network: Any = bench.scheduler._network
     network._head.refresh = lambda own=None: None
+    with pytest.raises(DigestMismatch, match="tied head"):
+        swap(bench, full_set(directory(True, 2), "step-1"))
+    network._head.verify = lambda: None
     swap(bench, full_set(directory(True, 2), "step-1"))
     request = SequenceRequest(prompt(7, 7), 15, seed=1)
     _, recorder = bench.submit(request)

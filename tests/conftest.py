@@ -155,6 +155,12 @@ LONGEST_FIRST = (
     "journeys/test_tinker_management",
     "journeys/test_weight",
     "journeys/test_root_plane",
+    "journeys/test_several_replicas",
+    "journeys/test_several_ranks",
+    "faults/test_chaos_quickstart",
+    "faults/test_kill_cells",
+    "faults/test_power_cuts",
+    "faults/test_lossy_network",
     "faults/test_kill_and_resume",
     "faults/test_stop_and_up",
     "faults/test_front_deaths",
@@ -162,6 +168,9 @@ LONGEST_FIRST = (
     "parity/test_trainer_parity",
     "unit/trainer/front/test_pooled",
     "unit/cli/test_up",
+    "unit/checkpoints/test_disk_faults",
+    "unit/checkpoints/test_object_store",
+    "unit/checkpoints/test_model_import",
 )
 """Modules that take longest, as measured: begun first, they leave no worker alone at the end."""
 

@@ -25,7 +25,7 @@ BUDGETS_S = {
     "parity": 150,
     "contract": 420,
     "journeys": 300,
-    "faults": 150,
+    "faults": 360,
     "docs": 60,
     "clients": 1800,
 }

@@ -24,7 +24,9 @@ from homefire.wire.engine_frames import decode_reply, encode_request, read_frame
 class RankedEngine:
     """`ranks` processes. Raises what the engine reports."""
 
-    def __init__(self, ranks: int, folder: Path, *, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, ranks: int, folder: Path, *, timeout_s: float = 120.0, failpoints: str = ""
+    ) -> None:
         self._ours, first = socket.socketpair()
         self._ours.settimeout(timeout_s)
         pairs = [socket.socketpair() for _ in range(ranks - 1)]
@@ -36,12 +38,14 @@ class RankedEngine:
                 "--links",
                 ",".join(str(a.fileno()) for a, _ in pairs),
                 keep=[a for a, _ in pairs],
+                failpoints=failpoints,
             )
             if ranks > 1
             else _start(first)
         ]
         for rank, (_, theirs) in enumerate(pairs, start=1):
-            self.processes.append(_start(theirs, *common, "--rank", str(rank)))
+            arguments = (*common, "--rank", str(rank))
+            self.processes.append(_start(theirs, *arguments, failpoints=failpoints))
         for end in (first, *(end for pair in pairs for end in pair)):
             end.close()
 
@@ -70,7 +74,12 @@ class RankedEngine:
         return [process.wait(60) for process in self.processes]
 
 
-def _start(end: socket.socket, *arguments: str, keep: list[socket.socket] | None = None):
+def _start(
+    end: socket.socket,
+    *arguments: str,
+    keep: list[socket.socket] | None = None,
+    failpoints: str = "",
+):
     inherited = [end, *(keep or [])]
     return subprocess.Popen(
         [
@@ -84,5 +93,5 @@ def _start(end: socket.socket, *arguments: str, keep: list[socket.socket] | None
             *arguments,
         ],
         pass_fds=[s.fileno() for s in inherited],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOMEFIRE_FAILPOINTS": failpoints},
     )

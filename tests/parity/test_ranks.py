@@ -7,6 +7,7 @@ rate after five steps at which every element moves by about one rate.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -35,7 +36,7 @@ from homefire.wire.engine import (
     SlotKind,
     WeightsDigest,
 )
-from homefire.wire.errors import InvalidArgument, NonFiniteGradient
+from homefire.wire.errors import InvalidArgument, NonFiniteGradient, OutOfMemory
 from parity.rank_processes import RankedEngine
 
 LENGTHS = (12, 40, 3, 40, 25)
@@ -58,8 +59,8 @@ class OneRank:
 class TwoRanks(RankedEngine):
     ranks = 2
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(2, folder)
+    def __init__(self, folder: Path, **options: str) -> None:
+        super().__init__(2, folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +305,35 @@ def test_a_plan_for_another_number_of_ranks_is_refused(two, slot):
     slot()
     with pytest.raises(InvalidArgument, match="the ranks, which are 2"):
         run(two, batch_of(0), ranks=3)
+
+
+@pytest.fixture(scope="module")
+def short_of_memory(folder):
+    """Both ranks run out of memory, each in the middle of a forward and of a backward."""
+    points = "rank.1.gather=oom@3;rank.1.reduce=oom@7;rank.0.gather=oom@45;rank.0.reduce=oom@18"
+    engine = opened(TwoRanks(folder, failpoints=points), folder)
+    yield engine
+    assert engine.close() == [0, 0]
+
+
+def test_a_rank_that_runs_out_of_memory_fails_its_request_alone(two, short_of_memory):
+    """The others come to the end of the pass with it, and what follows is exact."""
+    failed: list[str] = []
+    for engine in (two, short_of_memory):
+        engine.ask(OpenSlot(slot="policy", kind=SlotKind.FULL))
+    for seed in range(6):
+        while True:
+            try:
+                found = run(short_of_memory, batch_of(seed))
+                break
+            except OutOfMemory as exc:
+                failed.append(exc.message)
+        np.testing.assert_array_equal(found, run(two, batch_of(seed)))
+        if seed % 2:
+            assert step(short_of_memory) == step(two)
+    assert digest(short_of_memory) == digest(two)
+    named = [re.search(r"rank (\d): .*failpoint rank\.\1\.(\w+)", text) for text in failed]
+    places = sorted((found[1], found[2]) for found in named if found)
+    assert places == [("0", "gather"), ("0", "reduce"), ("1", "gather"), ("1", "reduce")]
+    for engine in (two, short_of_memory):
+        engine.ask(CloseSlot("policy"))

@@ -50,6 +50,7 @@ class _TextConfig(msgspec.Struct, frozen=True):
     num_experts: int | None = None
     num_local_experts: int | None = None
     n_routed_experts: int | None = None
+    vocab_size: int | None = None
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     intermediate_size: int | list[int] | None = None

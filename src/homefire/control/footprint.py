@@ -12,7 +12,7 @@ from homefire.wire.specs import ActivationBudget, TrainerMode
 _PROCESS_BYTES = 400 << 20
 """Of each rank: Python, torch and a batch of small rows."""
 _WHOLE_COPY_BYTES_PER_PARAMETER = 4
-"""A rank beyond the first reads the whole model in float32 before it keeps its part."""
+"""Of each rank, for a mixture of experts: its files are converted whole before a rank keeps its part."""
 _BYTES_PER_PARAMETER = {
     TrainerMode.FULL: 22,  # float32 masters, two moments, gradient, compute copy, last snapshot
     TrainerMode.LORA: 6,
@@ -33,11 +33,18 @@ _ACTIVATION_SHARE = 0.5
 
 def trainer_need(directory: Path, mode: TrainerMode, ranks: int = 1) -> Need:
     """Of all ranks together. They share what one engine gets of the cores, a thread each at least."""
-    per_parameter = _BYTES_PER_PARAMETER[mode] + (ranks - 1) * _WHOLE_COPY_BYTES_PER_PARAMETER
     threads = max(1, threads_per_engine() // ranks)
-    return Need(
-        ranks * threads, ranks * _PROCESS_BYTES + per_parameter * _num_parameters(directory)
-    )
+    divided = _BYTES_PER_PARAMETER[mode] * _num_parameters(directory)
+    more = (ranks - 1) * (_PROCESS_BYTES + _gathered_bytes(directory))
+    return Need(ranks * threads, _PROCESS_BYTES + divided + more)
+
+
+def _gathered_bytes(directory: Path) -> int:
+    """What a rank holds beside its part: during a pass embedding and head are whole, in float32."""
+    config = read_model_config(directory)
+    if config.is_moe:
+        return _WHOLE_COPY_BYTES_PER_PARAMETER * _num_parameters(directory)
+    return 2 * 4 * (config.text.vocab_size or 0) * (config.text.hidden_size or 0)
 
 
 def replica_need(directory: Path) -> Need:

@@ -7,7 +7,7 @@ values. On a CPU these are computed with in float32, on an accelerator as they a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from homefire.model import verdict
 from homefire.model.attention import ATTENTION
 from homefire.model.device import Numbers, numbers_on
-from homefire.model.head import Head, LogitsForm, decoder_of, recognised_form
+from homefire.model.head import PLAIN, Head, LogitsForm, decoder_of, recognised_form
 from homefire.model.layout import RowLayout
 from homefire.wire.errors import InvalidArgument, ModelUnavailable
 
@@ -108,16 +108,29 @@ def load_model(
     Raises ModelUnavailable when files are missing or incomplete, Unsupported (naming the reason) when
     our attention hook or head would not be exact for this model.
     """
-    dtype = _serving_dtype(serving_dtype)
-    config = _read_config(directory)
-    text_config = config.get_text_config()
-    verdict.refuse_by_config(text_config)
+    dtype = serving_dtype_of(serving_dtype)
+    config = read_config(directory)
+    verdict.refuse_by_config(config.get_text_config())
     module = _read_module(directory, config)
     verdict.refuse_by_structure(module)
-    _drop_query_temperature(module)
     _round_to(module, dtype)
+    model = described(module, config, dtype)
+    judged = verdict.in_exact_layout(replace(model, logits_form=recognised_form(module)))
+    if numbers is None:
+        numbers = numbers_on(device)
+    if device == CPU and numbers is Numbers.FLOAT32:
+        return judged
+    _move(module, device, dtype if numbers is Numbers.SERVING else torch.float32)
+    return verdict.checked_where_it_computes(judged)
+
+
+def described(module: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> LoadedModel:
+    """The module with our attention, and what is known of it without running it: the form of its head and
+    the layout of its rows are still guesses."""
+    _drop_query_temperature(module)
     module.set_attn_implementation(ATTENTION)
-    model = LoadedModel(
+    text_config = config.get_text_config()
+    return LoadedModel(
         module=module,
         config=text_config,
         architecture=str(text_config.model_type),
@@ -125,15 +138,8 @@ def load_model(
         max_context_length=verdict.context_limit(text_config).num_tokens,
         serving_dtype=dtype,
         tied=frozenset(_aliases(module)),
-        logits_form=recognised_form(module),
+        logits_form=PLAIN,
     )
-    judged = verdict.in_exact_layout(model)
-    if numbers is None:
-        numbers = numbers_on(device)
-    if device == CPU and numbers is Numbers.FLOAT32:
-        return judged
-    _move(module, device, dtype if numbers is Numbers.SERVING else torch.float32)
-    return verdict.checked_where_it_computes(judged)
 
 
 @torch.no_grad()
@@ -146,7 +152,7 @@ def _move(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     cast(nn.Module, module).to(device)  # transformers' own `to` is mistyped
 
 
-def _serving_dtype(name: str) -> torch.dtype:
+def serving_dtype_of(name: str) -> torch.dtype:
     if name not in SERVING_DTYPES:
         raise InvalidArgument(
             f"serving dtype {name!r} is unknown",
@@ -156,7 +162,7 @@ def _serving_dtype(name: str) -> torch.dtype:
     return SERVING_DTYPES[name]
 
 
-def _read_config(directory: Path) -> PreTrainedConfig:
+def read_config(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
         raise ModelUnavailable(
             f"{directory} has no config.json", hint="give a Hugging Face model directory"

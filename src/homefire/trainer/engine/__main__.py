@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import socket
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from homefire.foundation import logs
+from homefire.trainer.engine.peer import end_with_peer
 from homefire.trainer.engine.protocol import EngineUnusable, TrainingEngine
 from homefire.trainer.engine.serve import serve
 from homefire.wire.specs import EngineKind
@@ -31,6 +32,7 @@ def main() -> None:
     # Ctrl-C reaches the whole process group; the front decides when its engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=arguments.fd) as connection:
+        end_with_peer(connection)
         if arguments.rank > 0:
             follow(connection, arguments)
             return
@@ -39,7 +41,9 @@ def main() -> None:
             serve(connection, engine)
         except EngineUnusable as exc:
             log.error("the engine ends: %s", exc)
-            sys.exit(1)
+            logging.shutdown()
+            # At once: what tidies up after torch would wait for ranks that no longer answer.
+            os._exit(1)
 
 
 def build_engine(kind: EngineKind) -> TrainingEngine:

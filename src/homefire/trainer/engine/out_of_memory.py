@@ -13,13 +13,15 @@ import torch
 
 from homefire.wire.errors import OutOfMemory
 
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 @contextmanager
 def named_out_of_memory() -> Iterator[None]:
     """Of a pass, which changes nothing until it is kept."""
     try:
         yield
-    except torch.OutOfMemoryError as exc:
+    except _OUT_OF_MEMORY as exc:
         raise OutOfMemory(
             f"the batch does not fit into memory: {exc}",
             hint="send shorter rows, or fewer at a time; nothing was accumulated",
@@ -31,5 +33,5 @@ def ending_when_out_of_memory() -> Iterator[None]:
     """Of a step, which changes weights tensor by tensor."""
     try:
         yield
-    except torch.OutOfMemoryError as exc:
+    except _OUT_OF_MEMORY as exc:
         raise SystemExit(f"out of memory in the middle of a step: {exc}") from exc

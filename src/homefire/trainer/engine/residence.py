@@ -45,10 +45,11 @@ class Residence:
     def use_base(self) -> None:
         if self._owner is None:
             return
-        base = self._base_parts()
         self._release_graphs()
-        for name, parameter in self.model.module.named_parameters():
-            self.layout.part(parameter).copy_(base[name])
+        if not self.placements.read_base(self.model, self._model_dir):
+            base = self._base_parts()
+            for name, parameter in self.model.module.named_parameters():
+                self.layout.part(parameter).copy_(base[name])
         self._owner = None
 
     def use(self, weights: Resident) -> None:

@@ -39,12 +39,15 @@ def open_network(request: OpenModel) -> TorchNetwork:
 
 
 def load(request: OpenModel) -> LoadedModel:
-    """The base model, in a process that is set up for the same bits every time."""
-    torch.set_num_threads(request.threads)
-    device = device_of(request.accelerator)
-    compute_deterministically(device)
-    directory = Path(request.model_dir)
+    prepare_process(request)
+    device, directory = device_of(request.accelerator), Path(request.model_dir)
     return load_model(directory, serving_dtype=request.serving_dtype, device=device)
+
+
+def prepare_process(request: OpenModel) -> None:
+    """For the same bits every time."""
+    torch.set_num_threads(request.threads)
+    compute_deterministically(device_of(request.accelerator))
 
 
 def network_of(

@@ -247,7 +247,8 @@ class TrainedWeights(ABC):
             (key, self._placement.whole(key.removeprefix("first:").removeprefix("second:"), part))
             for key, part in parts.items()
         )
-        return {key: raw(whole) for key, whole in wholes if whole is not None}
+        kept = self._placement.kept
+        return {key: kept(raw(whole)) for key, whole in wholes if whole is not None}
 
     def check_fits(self, masters: Tensors) -> None:
         wanted = {

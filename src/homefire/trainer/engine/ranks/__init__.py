@@ -8,6 +8,7 @@ a lone engine does, and below them, at the seam of `network.py`, every call is m
 
 commands.py     what rank 0 tells the others, over inherited sockets
 rank_group.py   the collectives, with `torch.distributed`
+rank_passes.py  a rank's part of a pass, which never leaves the others waiting (pass_collectives.py)
 placement.py    which part of a slot's tensors a rank holds: the interface and the lone engine's answer
 sharding.py     `fully_shard` over an unmodified model, and the placements of several ranks
 

@@ -156,6 +156,10 @@ Command = (
 )
 
 
+PASSES = (Score, Likeliest, Embed, Backward, EmbedBackward)
+"""They keep nothing: a rank that fails in one leaves the others as they were."""
+
+
 class Answer(msgspec.Struct, frozen=True, tag=True):
     """None: done. An error is one that rank 0 must have met too."""
 

@@ -6,18 +6,19 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from homefire.foundation.failpoints import failpoint
 from homefire.trainer.engine.network import (
     Float32,
     FrozenWeights,
-    PackedTargets,
     TrainableWeights,
 )
 from homefire.trainer.engine.ranks import commands
 from homefire.trainer.engine.ranks.commands import Command, LinkClosed, LinkToFirst
 from homefire.trainer.engine.ranks.placement import Incoming
+from homefire.trainer.engine.ranks.rank_passes import RankPasses
 from homefire.trainer.engine.ranks.row_shares import packed_targets, packed_tokens
 from homefire.wire.engine import Arrays, LoraSpec, OpenModel
-from homefire.wire.errors import ErrorRecord, HomefireError
+from homefire.wire.errors import ErrorRecord, HomefireError, OutOfMemory
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +46,40 @@ class SharedNetwork(Protocol):
 class Joining(Protocol):
     """Brings a rank's network up, in the two steps that all ranks take together."""
 
+    @property
+    def passes(self) -> RankPasses: ...
+
     def load(self, request: OpenModel) -> None: ...
 
     def join(self) -> SharedNetwork: ...
+
+
+class ExchangeWithFirst:
+    """Implements `Exchange`."""
+
+    def __init__(self, link: LinkToFirst) -> None:
+        self._link = link
+
+    def gradient_of(self, logprobs: Float32) -> Float32:
+        self._link.answer(None, {"logprobs": logprobs})
+        return self._pushed()
+
+    def give_up(self, error: OutOfMemory) -> Float32:
+        self._link.answer(ErrorRecord.of(error))
+        return self._pushed()
+
+    def _pushed(self) -> Float32:
+        command, arrays = self._link.next_command()
+        if isinstance(command, commands.Abandon):
+            raise command.error.exception()
+        return arrays["gradient"].copy()
 
 
 class Follower:
     def __init__(self, link: LinkToFirst, joining: Joining) -> None:
         self._link = link
         self._joining = joining
+        self._passes = joining.passes
         self._network: SharedNetwork | None = None
         self._frozen: dict[int, FrozenWeights] = {}
         self._trained: dict[int, SharedWeights] = {}
@@ -70,6 +96,7 @@ class Follower:
 
     def _outcome(self, command: Command, arrays: Arrays) -> tuple[ErrorRecord | None, Arrays]:
         try:
+            failpoint(f"rank.{self._passes.rank}.{type(command).__name__}")
             return None, self._do(command, arrays)
         except HomefireError as exc:
             log.info("%s failed: %s", type(command).__name__, exc)
@@ -78,32 +105,27 @@ class Follower:
     def _do(self, command: Command, arrays: Arrays) -> Arrays:
         match command:
             case commands.Score(number):
-                return {"logprobs": self._frozen[number].logprobs(packed_targets(arrays))}
+                rows = packed_targets(arrays)
+                return {"logprobs": self._passes.logprobs(self._frozen[number], rows)}
             case commands.Likeliest(number, count):
-                found = self._frozen[number].likeliest(packed_tokens(arrays), count)
+                rows = packed_tokens(arrays)
+                found = self._passes.likeliest(self._frozen[number], rows, count)
                 return {"logprobs": found[0], "tokens": found[1]}
             case commands.Embed(number, pooling):
                 rows = packed_tokens(arrays)
-                return {"embeddings": self._frozen[number].embeddings(rows, pooling)}
+                return {"embeddings": self._passes.embeddings(self._frozen[number], rows, pooling)}
             case commands.Backward(number):
-                self._backward(self._trained[number], packed_targets(arrays))
+                rows, exchange = packed_targets(arrays), ExchangeWithFirst(self._link)
+                self._passes.backward(self._trained[number], rows, exchange)
             case commands.EmbedBackward(number, pooling):
                 rows, gradient = packed_tokens(arrays), arrays["gradient"].copy()
-                weights = self._trained[number]
-                return {"embeddings": weights.embedding_backward(rows, pooling, gradient)}
+                found = self._passes.embedding_backward(
+                    self._trained[number], rows, pooling, gradient
+                )
+                return {"embeddings": found}
             case _:
                 self._do_without_rows(command)
         return {}
-
-    def _backward(self, weights: SharedWeights, batch: PackedTargets) -> None:
-        def gradient_of(logprobs: Float32) -> Float32:
-            self._link.answer(None, {"logprobs": logprobs})
-            command, arrays = self._link.next_command()
-            if isinstance(command, commands.Abandon):
-                raise command.error.exception()
-            return arrays["gradient"].copy()
-
-        weights.backward(batch, gradient_of)
 
     def _do_without_rows(self, command: Command) -> None:
         match command:

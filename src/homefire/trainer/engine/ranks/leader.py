@@ -26,6 +26,7 @@ from homefire.trainer.engine.network import (
 from homefire.trainer.engine.protocol import EngineUnusable
 from homefire.trainer.engine.ranks import commands
 from homefire.trainer.engine.ranks.commands import Answer, Command, LinkClosed, LinkToRank
+from homefire.trainer.engine.ranks.rank_passes import RankPasses
 from homefire.trainer.engine.ranks.row_shares import (
     RowShare,
     divide,
@@ -35,7 +36,7 @@ from homefire.trainer.engine.ranks.row_shares import (
     join_tokens,
 )
 from homefire.wire.engine import AdamParams, Arrays, GradNormMetrics, LoraSpec
-from homefire.wire.errors import ErrorRecord, HomefireError, Unsupported
+from homefire.wire.errors import ErrorRecord, HomefireError, OutOfMemory, Unsupported
 from homefire.wire.pass_extras import Pooling
 from homefire.wire.specs import PassBudget
 from homefire.wire.tensors import RawTensor, Tensors
@@ -65,30 +66,34 @@ class Ranks:
     ) -> tuple[Result, list[Arrays]]:
         """Every rank does its part; rank 0's result, and the arrays of the others' answers.
 
-        `arrays` are the command's, by rank. An error that is everybody's is raised as it is.
+        `arrays` are the command's, by rank. An error that is everybody's is raised as it is, and so is
+        a pass's OutOfMemory on any rank: it has kept nothing on the others.
         """
         for link in self._links:
             self.tell(link, command, arrays[link.rank] if arrays else None)
         outcome = self._own(command, own)
         answers = [self.hear(link, command) for link in self._links]
-        code = outcome.code if isinstance(outcome, HomefireError) else None
-        for link, (answer, _) in zip(self._links, answers, strict=True):
-            _require_same(link, command, answer, code)
-        if isinstance(outcome, HomefireError):
-            raise outcome
+        if (error := self._agreed(command, outcome, answers)) is not None:
+            raise error
+        assert not isinstance(outcome, HomefireError)
         return outcome, [found for _, found in answers]
 
     def exchange(
-        self, command: Command, found: Float32, reply: Callable[[list[Arrays]], list[Arrays]]
+        self,
+        command: Command,
+        found: Float32 | OutOfMemory,
+        reply: Callable[[list[Arrays]], list[Arrays]],
     ) -> list[Arrays]:
-        """In the middle of `command`: what the others found goes into `reply`, whose arrays go back.
+        """In the middle of `command`: what all ranks found goes into `reply`, whose arrays go back.
 
-        When `reply` raises, the others hear why and give up as well.
+        When `reply` raises or a rank has run out of memory, all hear why and give up.
         """
         answers = [self.hear(link, command) for link in self._links]
-        for link, (answer, _) in zip(self._links, answers, strict=True):
-            _require_same(link, command, answer, None)
+        error = self._agreed(command, found, answers)
         try:
+            if error is not None:
+                raise error
+            assert not isinstance(found, OutOfMemory)
             pushed = reply([{"logprobs": found}, *(arrays for _, arrays in answers)])
         except HomefireError as exc:
             for link in self._links:
@@ -97,6 +102,22 @@ class Ranks:
         for link in self._links:
             self.tell(link, commands.Push(), pushed[link.rank])
         return pushed
+
+    def _agreed(
+        self, command: Command, outcome: object, answers: Sequence[tuple[Answer, Arrays]]
+    ) -> HomefireError | None:
+        """What all ranks have come to. EngineUnusable when they differ."""
+        errors = [answer.error for answer, _ in answers if answer.error is not None]
+        if isinstance(command, commands.PASSES):
+            if isinstance(outcome, OutOfMemory):
+                return outcome
+            for error in errors:
+                if error.code == OutOfMemory.code:
+                    return error.exception()
+        mine = outcome if isinstance(outcome, HomefireError) else None
+        for link, (answer, _) in zip(self._links, answers, strict=True):
+            _require_same(link, command, answer, mine.code if mine else None)
+        return mine
 
     def _own(self, command: Command, own: Callable[[], Result]) -> Result | HomefireError:
         try:
@@ -145,9 +166,10 @@ def _name(command: Command) -> str:
 class RankedNetwork:
     """Implements `Network`."""
 
-    def __init__(self, own: Network, ranks: Ranks) -> None:
+    def __init__(self, own: Network, ranks: Ranks, passes: RankPasses) -> None:
         self._own = own
         self._ranks = ranks
+        self._passes = passes
         self._numbers = itertools.count(1)
         self._threads: int | None = None
 
@@ -201,17 +223,17 @@ class RankedNetwork:
     def reference(self) -> FrozenWeights:
         number = next(self._numbers)
         own, _ = self._ranks.do(commands.OpenReference(number), self._own.reference)
-        return RankedWeights(own, number, self._ranks)
+        return RankedWeights(own, number, self._ranks, self._passes)
 
     def open_full(self) -> TrainableWeights:
         number = next(self._numbers)
         own, _ = self._ranks.do(commands.OpenFull(number), self._own.open_full)
-        return RankedTrainable(own, number, self._ranks)
+        return RankedTrainable(own, number, self._ranks, self._passes)
 
     def open_lora(self, spec: LoraSpec) -> TrainableWeights:
         number = next(self._numbers)
         own, _ = self._ranks.do(commands.OpenLora(number, spec), lambda: self._own.open_lora(spec))
-        return RankedTrainable(own, number, self._ranks)
+        return RankedTrainable(own, number, self._ranks, self._passes)
 
     def shares_passes(self, weights: TrainableWeights) -> bool:
         """Not among ranks: each adapter's rows are divided by its own plan."""
@@ -229,16 +251,17 @@ class RankedNetwork:
 class RankedWeights:
     """Implements `FrozenWeights`."""
 
-    def __init__(self, own: FrozenWeights, number: int, ranks: Ranks) -> None:
+    def __init__(self, own: FrozenWeights, number: int, ranks: Ranks, passes: RankPasses) -> None:
         self.number = number
         self._frozen = own
         self._ranks = ranks
+        self._passes = passes
 
     def logprobs(self, batch: PackedTargets) -> Float32:
         shares = self._divide(batch)
         own, others = self._ranks.do(
             commands.Score(self.number),
-            lambda: self._frozen.logprobs(shares[0].targets()),
+            lambda: self._passes.logprobs(self._frozen, shares[0].targets()),
             [share.arrays() for share in shares],
         )
         return join_tokens([own, *(arrays["logprobs"] for arrays in others)], shares)
@@ -247,7 +270,7 @@ class RankedWeights:
         shares = self._divide(batch)
         own, others = self._ranks.do(
             commands.Likeliest(self.number, count),
-            lambda: self._frozen.likeliest(shares[0].batch, count),
+            lambda: self._passes.likeliest(self._frozen, shares[0].batch, count),
             [share.arrays() for share in shares],
         )
         logprobs = [own[0], *(arrays["logprobs"] for arrays in others)]
@@ -258,7 +281,7 @@ class RankedWeights:
         shares = self._divide(batch)
         own, others = self._ranks.do(
             commands.Embed(self.number, pooling),
-            lambda: self._frozen.embeddings(shares[0].batch, pooling),
+            lambda: self._passes.embeddings(self._frozen, shares[0].batch, pooling),
             [share.arrays() for share in shares],
         )
         return join_rows([own, *(arrays["embeddings"] for arrays in others)], shares)
@@ -273,8 +296,10 @@ class RankedWeights:
 class RankedTrainable(RankedWeights):
     """Implements `TrainableWeights`."""
 
-    def __init__(self, own: TrainableWeights, number: int, ranks: Ranks) -> None:
-        super().__init__(own, number, ranks)
+    def __init__(
+        self, own: TrainableWeights, number: int, ranks: Ranks, passes: RankPasses
+    ) -> None:
+        super().__init__(own, number, ranks, passes)
         self.own = own
 
     @property
@@ -293,12 +318,10 @@ class RankedTrainable(RankedWeights):
             parts = divide_tokens(gradient_of(logprobs), shares)
             return [{"gradient": part} for part in parts]
 
-        def gradient_of_own(logprobs: Float32) -> Float32:
-            return self._ranks.exchange(command, logprobs, reply)[0]["gradient"]
-
+        exchange = _ExchangeWithAll(self._ranks, command, reply)
         self._ranks.do(
             command,
-            lambda: self.own.backward(shares[0].targets(), gradient_of_own),
+            lambda: self._passes.backward(self.own, shares[0].targets(), exchange),
             [share.arrays() for share in shares],
         )
         return whole[0]
@@ -318,7 +341,9 @@ class RankedTrainable(RankedWeights):
         gradients = divide_rows(gradient, shares)
         own, others = self._ranks.do(
             commands.EmbedBackward(self.number, pooling),
-            lambda: self.own.embedding_backward(shares[0].batch, pooling, gradients[0]),
+            lambda: self._passes.embedding_backward(
+                self.own, shares[0].batch, pooling, gradients[0]
+            ),
             [share.arrays(part) for share, part in zip(shares, gradients, strict=True)],
         )
         return join_rows([own, *(arrays["embeddings"] for arrays in others)], shares)
@@ -354,6 +379,23 @@ class RankedTrainable(RankedWeights):
         updates = None if optimizer is None else _updates(optimizer)
         command = commands.TakeOver(self.number, updates, list(gradient))
         self._ranks.do(command, lambda: self.own.restore(masters, optimizer, gradient))
+
+
+class _ExchangeWithAll:
+    """Implements `Exchange`, for rank 0."""
+
+    def __init__(
+        self, ranks: Ranks, command: Command, reply: Callable[[list[Arrays]], list[Arrays]]
+    ) -> None:
+        self._ranks = ranks
+        self._command = command
+        self._reply = reply
+
+    def gradient_of(self, logprobs: Float32) -> Float32:
+        return self._ranks.exchange(self._command, logprobs, self._reply)[0]["gradient"]
+
+    def give_up(self, error: OutOfMemory) -> Float32:
+        return self._ranks.exchange(self._command, error, self._reply)[0]["gradient"]
 
 
 class RankedGraph:

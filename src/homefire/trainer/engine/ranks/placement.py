@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from homefire.wire.tensors import Tensors
+from homefire.wire.tensors import RawTensor, Tensors
 
 if TYPE_CHECKING:
     from homefire.model.loading import LoadedModel
@@ -59,6 +60,10 @@ class Placement(Protocol):
         """The whole tensor from all ranks' parts, at rank 0; None elsewhere. May view `part`."""
         ...
 
+    def kept(self, whole: RawTensor) -> RawTensor:
+        """The same, where it may stay until it is written. Of `whole`'s result, before the next one."""
+        ...
+
     def spread(self, name: str, part: Tensor, whole: Tensor | None) -> None:
         """Fills all ranks' `part` from the whole tensor, which rank 0 alone has."""
         ...
@@ -95,6 +100,9 @@ class Undivided:
     def whole(self, name: str, part: Tensor) -> Tensor | None:
         return part
 
+    def kept(self, whole: RawTensor) -> RawTensor:
+        return whole
+
     def spread(self, name: str, part: Tensor, whole: Tensor | None) -> None:
         if whole is None:
             raise ValueError(f"{name!r} comes from nowhere: there is no other rank")
@@ -108,6 +116,11 @@ class Placements(Protocol):
 
     def of_adapter(self) -> Placement: ...
 
+    def read_base(self, model: LoadedModel, directory: Path) -> bool:
+        """Reads this rank's parts of the base model into the module; False where it has to be loaded
+        whole."""
+        ...
+
 
 class OneRank:
     """Implements `Placements`."""
@@ -117,6 +130,9 @@ class OneRank:
 
     def of_adapter(self) -> Placement:
         return Undivided()
+
+    def read_base(self, model: LoadedModel, directory: Path) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

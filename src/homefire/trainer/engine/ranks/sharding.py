@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,11 +19,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from homefire.model.loading import LoadedModel
+from homefire.model.partial_loading import read_parts
 from homefire.model.recompute import decoder_layers
 from homefire.model.tensors import live_tensors
 from homefire.trainer.engine.ranks.placement import Placement, Undivided
 from homefire.trainer.engine.ranks.rank_group import RankGroup
+from homefire.trainer.engine.ranks.spool import spooled
 from homefire.wire.errors import Unsupported
+from homefire.wire.tensors import RawTensor
 
 Output = TypeVar("Output")
 
@@ -40,8 +44,8 @@ class PassRoot(nn.Module):
 
 
 def shard_model(model: LoadedModel, group: RankGroup) -> LoadedModel:
-    """Shards the parameters in place. All ranks hold the same model before; none may run it alone
-    afterwards."""
+    """Shards the parameters in place, or on `meta`. All ranks hold the same model before; none may run it
+    alone afterwards."""
     _refuse_scalars(model)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=group.mesh, reshard_after_forward=True)
@@ -53,6 +57,39 @@ def shard_model(model: LoadedModel, group: RankGroup) -> LoadedModel:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
     return replace(model, root=root)
+
+
+def materialise(root: nn.Module, device: torch.device) -> None:
+    """Gives sharded parameters on `meta` this rank's memory, uninitialised; what is real moves there."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device=device)
+        return tensor.to(device)
+
+    root._apply(placed)
+
+
+@torch.no_grad()
+def read_own_parts(model: LoadedModel, group: RankGroup, directory: Path) -> None:
+    """The base model's weights, from the files that `model_without_weights` found to fit."""
+
+    def rows_of(leaf: Tensor) -> slice:
+        return own_rows(group, tuple(leaf.shape), local_part(leaf))
+
+    for leaf, part in read_parts(model, directory, rows_of):
+        local_part(leaf).copy_(part)
+
+
+def own_rows(group: RankGroup, shape: tuple[int, ...], part: Tensor) -> slice:
+    """Which rows of a whole tensor this rank's part is."""
+    start = group.rank * rows_per_rank(group, shape)
+    return slice(start, start + len(part))
+
+
+def rows_per_rank(group: RankGroup, shape: tuple[int, ...]) -> int:
+    """The last ranks have fewer, or none: `torch.chunk`'s cut, which FSDP uses."""
+    return -(-shape[0] // group.num_ranks)
 
 
 def _refuse_scalars(model: LoadedModel) -> None:
@@ -68,8 +105,9 @@ def _refuse_scalars(model: LoadedModel) -> None:
 class Sharded:
     """Implements `Placement`: rows of each parameter's first axis, in the order of the ranks."""
 
-    def __init__(self, group: RankGroup, leaves: Mapping[str, Tensor]) -> None:
+    def __init__(self, group: RankGroup, leaves: Mapping[str, Tensor], spool: Path) -> None:
         self._group = group
+        self._spool = spool
         self._shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         self._copied = {n for n, leaf in leaves.items() if not isinstance(leaf.detach(), DTensor)}
         """Buffers: every rank has them whole."""
@@ -82,8 +120,7 @@ class Sharded:
         return local_part(leaf)
 
     def part_of_whole(self, whole: Tensor, leaf: Tensor) -> Tensor:
-        start = self._group.rank * self._rows_per_rank(tuple(whole.shape))
-        return whole[start : start + len(local_part(leaf))]
+        return whole[own_rows(self._group, tuple(whole.shape), local_part(leaf))]
 
     def gradients(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -110,9 +147,12 @@ class Sharded:
         everyone = self._group.gather_at_first(self._padded(part, shape))
         return None if everyone is None else torch.cat(everyone)[: shape[0]]
 
+    def kept(self, whole: RawTensor) -> RawTensor:
+        return spooled(whole, self._spool)
+
     def spread(self, name: str, part: Tensor, whole: Tensor | None) -> None:
         shape = self._shapes[name]
-        rows = self._rows_per_rank(shape)
+        rows = rows_per_rank(self._group, shape)
         into = part.new_empty((rows, *shape[1:]))
         pieces = None
         if whole is not None:
@@ -124,13 +164,9 @@ class Sharded:
         self._group.scatter_from_first(pieces, into)
         part.copy_(into[: len(part)])
 
-    def _rows_per_rank(self, shape: tuple[int, ...]) -> int:
-        """The last ranks have fewer, or none: `torch.chunk`'s cut, which FSDP uses."""
-        return -(-shape[0] // self._group.num_ranks)
-
     def _padded(self, part: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Collectives want one shape on every rank."""
-        padded = part.new_zeros((self._rows_per_rank(shape), *shape[1:]))
+        padded = part.new_zeros((rows_per_rank(self._group, shape), *shape[1:]))
         padded[: len(part)] = part
         return padded
 
@@ -174,11 +210,18 @@ class Copied(Undivided):
 class ManyRanks:
     """Implements `Placements`."""
 
-    def __init__(self, group: RankGroup) -> None:
+    def __init__(self, group: RankGroup, *, spool: Path, reads_parts: bool = False) -> None:
         self._group = group
+        self._spool = spool
+        self._reads_parts = reads_parts
+
+    def read_base(self, model: LoadedModel, directory: Path) -> bool:
+        if self._reads_parts:
+            read_own_parts(model, self._group, directory)
+        return self._reads_parts
 
     def of_module(self, model: LoadedModel) -> Placement:
-        return Sharded(self._group, dict(live_tensors(model)))
+        return Sharded(self._group, dict(live_tensors(model)), self._spool)
 
     def of_adapter(self) -> Placement:
         return Copied(self._group)

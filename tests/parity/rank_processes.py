@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from homefire.foundation.failpoints import FILE_VARIABLE as FAILPOINTS_FILE
+from homefire.foundation.failpoints import VARIABLE as FAILPOINTS
 from homefire.wire.engine import (
     Arrays,
     Failure,
@@ -25,8 +27,16 @@ class RankedEngine:
     """`ranks` processes. Raises what the engine reports."""
 
     def __init__(
-        self, ranks: int, folder: Path, *, timeout_s: float = 120.0, failpoints: str = ""
+        self,
+        ranks: int,
+        folder: Path,
+        *,
+        timeout_s: float = 120.0,
+        failpoints: str = "",
     ) -> None:
+        self.armed = folder / f"armed-{id(self)}"
+        """A file that arms a failpoint while the ranks run (`foundation/failpoints.py`)."""
+        environment = {FAILPOINTS: failpoints, FAILPOINTS_FILE: str(self.armed)}
         self._ours, first = socket.socketpair()
         self._ours.settimeout(timeout_s)
         pairs = [socket.socketpair() for _ in range(ranks - 1)]
@@ -38,14 +48,14 @@ class RankedEngine:
                 "--links",
                 ",".join(str(a.fileno()) for a, _ in pairs),
                 keep=[a for a, _ in pairs],
-                failpoints=failpoints,
+                environment=environment,
             )
             if ranks > 1
-            else _start(first)
+            else _start(first, environment=environment)
         ]
         for rank, (_, theirs) in enumerate(pairs, start=1):
             arguments = (*common, "--rank", str(rank))
-            self.processes.append(_start(theirs, *arguments, failpoints=failpoints))
+            self.processes.append(_start(theirs, *arguments, environment=environment))
         for end in (first, *(end for pair in pairs for end in pair)):
             end.close()
 
@@ -78,7 +88,7 @@ def _start(
     end: socket.socket,
     *arguments: str,
     keep: list[socket.socket] | None = None,
-    failpoints: str = "",
+    environment: dict[str, str],
 ):
     inherited = [end, *(keep or [])]
     return subprocess.Popen(
@@ -93,5 +103,5 @@ def _start(
             *arguments,
         ],
         pass_fds=[s.fileno() for s in inherited],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HOMEFIRE_FAILPOINTS": failpoints},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

@@ -33,17 +33,21 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=arguments.fd) as connection:
         end_with_peer(connection)
-        if arguments.rank > 0:
-            follow(connection, arguments)
-            return
-        engine = lead(arguments) if arguments.ranks > 1 else build_engine(arguments.kind)
         try:
-            serve(connection, engine)
+            run(connection, arguments)
         except EngineUnusable as exc:
             log.error("the engine ends: %s", exc)
             logging.shutdown()
             # At once: what tidies up after torch would wait for ranks that no longer answer.
             os._exit(1)
+
+
+def run(connection: socket.socket, arguments: argparse.Namespace) -> None:
+    if arguments.rank > 0:
+        follow(connection, arguments)
+        return
+    engine = lead(arguments) if arguments.ranks > 1 else build_engine(arguments.kind)
+    serve(connection, engine)
 
 
 def build_engine(kind: EngineKind) -> TrainingEngine:

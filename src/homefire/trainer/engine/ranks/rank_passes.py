@@ -1,7 +1,8 @@
 """A rank's own part of a pass, which never leaves the other ranks waiting.
 
 Out of memory in the middle, a rank catches up with the others (`pass_collectives.py`) and raises
-OutOfMemory when they are all at the end: nothing has been kept by then, so the request fails alone.
+OutOfMemory when they are all at the end: nothing has been kept by then, so the request fails alone, or is
+tried once more. A rank that has no memory for catching up either cannot go on: EngineUnusable.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from homefire.trainer.engine.network import (
     PackedTokens,
     TrainableWeights,
 )
+from homefire.trainer.engine.protocol import EngineUnusable
 from homefire.trainer.engine.ranks.pass_collectives import PassCollectives
 from homefire.wire.errors import OutOfMemory
 from homefire.wire.pass_extras import Pooling
@@ -84,9 +86,14 @@ class RankPasses:
             if middle.has_given_up:
                 raise
             error = self._named(exc)
-        self._collectives.begin_again()
         token = _a_token_with_targets(batch)
-        weights.backward(token, lambda logprobs: middle.without_gradient(logprobs, error))
+        try:
+            self._collectives.begin_again()
+            weights.backward(token, lambda logprobs: middle.without_gradient(logprobs, error))
+        except OutOfMemory:
+            if middle.has_given_up:
+                raise
+            raise self._stuck(error) from None
         raise error
 
     def _run(self, run: Callable[[], Output], catch_up: Callable[[], Output]) -> Output:
@@ -95,9 +102,16 @@ class RankPasses:
             return run()
         except OutOfMemory as exc:
             error = self._named(exc)
-        self._collectives.begin_again()
-        catch_up()
+        try:
+            self._collectives.begin_again()
+            catch_up()
+        except OutOfMemory:
+            raise self._stuck(error) from None
         raise error
+
+    def _stuck(self, error: OutOfMemory) -> EngineUnusable:
+        """To answer with an error would leave the others waiting for collectives that never come."""
+        return EngineUnusable(f"{error.message}; nor is there memory for the rest of the pass")
 
     def _named(self, error: OutOfMemory) -> OutOfMemory:
         """Without the traceback, whose frames hold what has to be freed now."""
@@ -124,12 +138,14 @@ class _Middle:
     def without_gradient(self, logprobs: Float32, error: OutOfMemory) -> Float32:
         if self._is_passed:
             return np.zeros_like(logprobs)
+        self.has_given_up = True
         return self._exchange.give_up(error)
 
 
 def _a_token(batch: PackedTokens) -> PackedTokens:
-    return PackedTokens(batch.tokens[:1], [1])
+    """Its layers are recomputed as the batch's are: the collectives come in the same order."""
+    return PackedTokens(batch.tokens[:1], [1], recompute=batch.recompute)
 
 
 def _a_token_with_targets(batch: PackedTargets) -> PackedTargets:
-    return PackedTargets(batch.tokens[:1], [1], batch.targets[:1])
+    return PackedTargets(batch.tokens[:1], [1], batch.targets[:1], recompute=batch.recompute)

@@ -88,6 +88,7 @@ def test_a_rank_killed_between_steps_leaves_the_same_weights_and_no_orphan(start
     assert front.stop() == 0
 
 
+@pytest.mark.long
 def test_ranks_missing_at_the_start_or_killed_in_a_collective_are_noticed_at_once(
     start, expected, tmp_path
 ) -> None:
@@ -100,6 +101,7 @@ def test_ranks_missing_at_the_start_or_killed_in_a_collective_are_noticed_at_onc
     assert front.stop() == 0
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_in_a_collective_is_given_up_after_the_timeout(
     start, expected, tmp_path
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -61,7 +61,7 @@ class TensorFiles:
 
 
 def model_without_weights(directory: Path, *, serving_dtype: str) -> LoadedModel | None:
-    """The model on `meta`; None where its files have to be converted. Errors as of `load_model`, but for
+    """The model on `meta`; None where its files have to be converted, or are broken. Errors as of `load_model`, but for
     what only running it shows: `verified` finds that."""
     dtype = serving_dtype_of(serving_dtype)
     config = read_config(directory)
@@ -69,8 +69,11 @@ def model_without_weights(directory: Path, *, serving_dtype: str) -> LoadedModel
     module = _on_meta(config)
     verdict.refuse_by_structure(module)
     model = described(module, config, dtype)
-    with TensorFiles(directory) as files:
-        return model if _fits(model, files) else None
+    try:
+        with TensorFiles(directory) as files:
+            return model if _fits(model, files) else None
+    except (OSError, SafetensorError):
+        return None  # loading them whole names what is wrong
 
 
 def verified(model: LoadedModel) -> LoadedModel:

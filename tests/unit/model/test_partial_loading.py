@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,3 +69,16 @@ def test_files_that_have_to_be_converted_are_left_to_transformers(make_directory
 def test_a_directory_without_a_config_is_unavailable(tmp_path):
     with pytest.raises(ModelUnavailable, match=r"config\.json"):
         model_without_weights(tmp_path, serving_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("spoil", ["missing", "cut off"])
+def test_broken_files_are_left_to_the_loading_that_names_what_is_wrong(make_directory, spoil):
+    directory = make_directory("qwen3", head_dim=16)
+    path = directory / "model.safetensors"
+    if spoil == "missing":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    assert model_without_weights(directory, serving_dtype="bfloat16") is None

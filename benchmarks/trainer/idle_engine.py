@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 
+from homefire.trainer.engine.saves import PreparedSave, already_own
 from homefire.trainer.engine.serve import serve
 from homefire.trainer.front.engine_process import EngineProcess
 from homefire.wire.engine import (
@@ -55,8 +56,8 @@ class IdleEngine:
         self._ended_at = time.perf_counter()
         return Rows(metrics={"loss:sum": 0.0}), {"logprobs": logprobs}
 
-    def save_recovery(self, request: SaveRecovery) -> RecoverySaved:
-        return RecoverySaved(size_bytes=0, slots=[])
+    def prepare_save(self, request: SaveRecovery) -> PreparedSave[RecoverySaved]:
+        return already_own(0, lambda: RecoverySaved(size_bytes=0, slots=[]))
 
     def free_expired(self) -> float | None:
         return None

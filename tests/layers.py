@@ -21,7 +21,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "parity", "contract", "journeys", "faults", "docs")
 BUDGETS_S = {
-    "unit": 150,
+    "unit": 180,
     "parity": 150,
     "contract": 420,
     "journeys": 300,
